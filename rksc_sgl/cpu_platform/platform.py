@@ -8,6 +8,10 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+DEFAULT_MAX_RUNNING_REQUESTS = 256
+DEFAULT_MEM_FRACTION = 0.6  # of the machine's memory, for weights and KV; KV pages cost memory once written
+DEFAULT_CHUNKED_PREFILL = 2048
+
 
 class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Any x86-64 or Arm CPU, served by plain PyTorch operations."""
@@ -19,14 +23,31 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
     capabilities = PlatformCapabilities()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Defaults with which ``--model-path M`` alone is enough."""
-        if server_args.device in (None, "auto"):
-            server_args.device = "cpu"
-        if server_args.dtype == "auto":
-            server_args.dtype = "float32"
+        """Defaults with which ``--model-path M`` alone is enough; what the user gave stays."""
+        defaults = {
+            "device": "cpu",
+            "dtype": "float32",
+            "max_running_requests": DEFAULT_MAX_RUNNING_REQUESTS,
+            "mem_fraction_static": DEFAULT_MEM_FRACTION,
+            "chunked_prefill_size": DEFAULT_CHUNKED_PREFILL,
+        }
+        for name, value in defaults.items():
+            if getattr(server_args, name) in (None, "auto"):
+                setattr(server_args, name, value)
+
+    def get_device(self, device_id: int = 0) -> str:
+        # The in-tree mixin returns a torch.device; server arguments want the string.
+        return "cpu"
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
+
+    def get_kv_pool_cls(self, *, kind: Any) -> type | None:
+        if kind != "mha":
+            return None
+        from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
+
+        return LazyMHATokenToKVPool
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

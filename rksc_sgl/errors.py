@@ -1,0 +1,62 @@
+"""Every error that a caller can meet, in one tree.
+
+::
+
+    RkscError
+    ├── OptionError            a value handed to us is unknown, of the wrong type or out of range
+    ├── ModelFetchError        the embedded model cannot be downloaded, verified or converted
+    ├── ServerError            the server said no, or is not there
+    │   ├── ServerUnreachableError   no connection, or it broke in the middle
+    │   └── ServerRefusedError       an answer with an error status
+    ├── UnsupportedBackendError      the language backend cannot do what was asked
+    ├── LabelError             verification labels that the tokenizer cannot tell apart
+    └── VerificationError      no branch could be verified
+
+Messages say what was got and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class RkscError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class OptionError(RkscError, ValueError):
+    """A named option is unknown, of the wrong type, or out of range."""
+
+
+class ModelFetchError(RkscError):
+    """The embedded model could not be downloaded, verified or converted."""
+
+
+class ServerError(RkscError):
+    """Something is wrong between us and the server."""
+
+
+class ServerUnreachableError(ServerError):
+    """No connection could be made, or it broke before the answer was complete."""
+
+
+class ServerRefusedError(ServerError):
+    """The server answered with an error status.
+
+    Attributes:
+        status: HTTP status code.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class UnsupportedBackendError(RkscError):
+    """The SGLang language backend in use cannot do what was asked."""
+
+
+class LabelError(RkscError, ValueError):
+    """The verification labels cannot be told apart by their first token."""
+
+
+class VerificationError(RkscError):
+    """No branch could be verified."""

@@ -1,0 +1,99 @@
+"""Which branch is taken, from scores, confidences and answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rksc_sgl.errors import OptionError, VerificationError
+from rksc_sgl.frontend.answers import majority
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What selection knows of one branch that did not fail.
+
+    Attributes:
+        index: its position in the group.
+        text: the generated text.
+        answer: the answer extracted from it, None where there is none.
+        score: P(affirmative label) of its verification; None where it was not verified.
+        confidence: mean top-1 probability of its tokens; None where it was not measured.
+    """
+
+    index: int
+    text: str
+    answer: str | None
+    score: float | None
+    confidence: float | None
+
+
+Selector = Callable[[Sequence[Candidate]], int]
+"""Takes the candidates (never empty) and returns the ``index`` of one."""
+
+NEEDS_SCORES = ("score", "weighted_majority")
+NAMES = ("score", "weighted_majority", "majority")
+
+
+def score_of(candidate: Candidate) -> float:
+    """RKSC's selection value: P(YES) * sqrt(confidence); a part that is missing counts as 1."""
+    score = 1.0 if candidate.score is None else candidate.score
+    confidence = 1.0 if candidate.confidence is None else candidate.confidence
+    return score * math.sqrt(confidence)
+
+
+def by_score(candidates: Sequence[Candidate]) -> int:
+    """The highest ``score * sqrt(confidence)``; the first of equals. Source: RKSC (arXiv 2606.09937)."""
+    return max(candidates, key=lambda one: (score_of(one), -one.index)).index
+
+
+def by_majority(candidates: Sequence[Candidate]) -> int:
+    """The answer that most branches give (self-consistency); among those the most confident branch."""
+    weights = [1.0] * len(candidates)
+    return _voted(candidates, weights)
+
+
+def by_weighted_majority(candidates: Sequence[Candidate]) -> int:
+    """The answer with the largest sum of ``score * sqrt(confidence)``."""
+    return _voted(candidates, [score_of(one) for one in candidates])
+
+
+def selector_of(select: str | Selector) -> Selector:
+    """The selector of that name, or the callable itself.
+
+    Raises:
+        OptionError: no such name.
+    """
+    if callable(select):
+        return select
+    named = {"score": by_score, "majority": by_majority, "weighted_majority": by_weighted_majority}
+    if select not in named:
+        raise OptionError(f"select: must be one of {', '.join(NAMES)} or a callable, got {select!r}")
+    return named[select]
+
+
+def choose(select: str | Selector, candidates: Sequence[Candidate]) -> int:
+    """Apply a selector and check what it returns.
+
+    Raises:
+        VerificationError: no candidates.
+        OptionError: a callable returned something else than the index of a candidate.
+    """
+    if not candidates:
+        raise VerificationError("no branch produced an answer: there is nothing to select from")
+    index = selector_of(select)(candidates)
+    if index not in [candidate.index for candidate in candidates]:
+        raise OptionError(
+            f"select: must return the index of a candidate, one of "
+            f"{[candidate.index for candidate in candidates]}, got {index!r}"
+        )
+    return index
+
+
+def _voted(candidates: Sequence[Candidate], weights: Sequence[float]) -> int:
+    position = majority([candidate.answer for candidate in candidates], list(weights))
+    if position is None:  # no branch has an answer that can be compared
+        return by_score(candidates)
+    alike = [one for one in candidates if one.answer == candidates[position].answer]
+    return by_score(alike)

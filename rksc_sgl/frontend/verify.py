@@ -1,0 +1,327 @@
+"""``verify_gated``: verify the branches of a fork in place, or skip it, and take the best.
+
+The question "is this right?" is appended to the branch's own text, so the branch's KV is a cached prefix and a
+verification costs the tokens of the question only. The verdict is read off the distribution of the next token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.lang.chat_template import ChatTemplate
+from sglang.lang.interpreter import ProgramState, ProgramStateGroup
+
+from rksc_sgl.errors import (
+    LabelError,
+    OptionError,
+    ServerError,
+    ServerRefusedError,
+    UnsupportedBackendError,
+    VerificationError,
+)
+from rksc_sgl.frontend.answers import extract_answer
+from rksc_sgl.frontend.endpoint import BranchEndpoint
+from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
+from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of
+from rksc_sgl.frontend.skip import SkipDecision, SkipGate
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_QUESTION = "Is the answer above correct? Reply with {labels}."
+
+
+@dataclass
+class Verdict:
+    """What came of a fork. Lists have one entry for each branch.
+
+    Attributes:
+        best: the selected branch; ``verdict.best["answer"]`` is its text.
+        index: its position in the group.
+        scores: P(first label) of each verification; None where a branch failed or was not verified.
+        confidences: mean top-1 probability of each branch's tokens; None where it failed or was not measured.
+        answers: the answer extracted from each branch's text; None where there is none.
+        errors: what went wrong with each branch; None where nothing did. A branch with an error is never selected.
+        skipped: True when the branch was selected without verification.
+        reason: why verification was skipped, or why it was not.
+        new_tokens: prompt tokens that each verification computed (its prompt less what was cached).
+        tokens_spent: tokens computed by verification, in all.
+        tokens_saved: tokens that verification did not compute: those of the branches that were cached, and the
+            whole prompts where it was skipped.
+        reports: ``meta_info["rksc"]`` of each verification; None where there is none.
+    """
+
+    best: ProgramState
+    index: int
+    scores: list[float | None]
+    confidences: list[float | None]
+    answers: list[str | None]
+    errors: list[str | None]
+    skipped: bool
+    reason: str
+    new_tokens: list[int] = field(default_factory=list)
+    tokens_spent: int = 0
+    tokens_saved: int = 0
+    reports: list[dict[str, Any] | None] = field(default_factory=list)
+
+
+@dataclass
+class _Branch:
+    """A branch while it is being verified."""
+
+    index: int
+    state: ProgramState
+    text: str = ""
+    answer: str | None = None
+    confidence: float | None = None
+    error: str | None = None
+    score: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    report: dict[str, Any] | None = None
+
+
+def verify_gated(
+    branches: ProgramStateGroup,
+    var: str,
+    *,
+    question: str | None = None,
+    labels: Sequence[str] = ("YES", "NO"),
+    skip: SkipGate | None = None,
+    select: str | Selector = "score",
+    extract: Callable[[str], str | None] = extract_answer,
+) -> Verdict:
+    """Verify each branch's ``var`` in place, unless the branches are decisive, and select the best branch.
+
+    Args:
+        branches: a group made by :func:`rksc_sgl.fork_similar`.
+        var: the name of the ``sgl.gen`` to verify.
+        question: asked after the branch's text, as a user's turn where the program speaks in turns; ``{labels}``
+            becomes the labels. None takes :data:`DEFAULT_QUESTION`.
+        labels: what the model may reply, the affirmative one first; their spellings are found by the tokenizer.
+        skip: when to do without verification; None is ``SkipGate()``: only where all branches answer alike.
+            ``SkipGate.never()`` always verifies.
+        select: ``score`` (P(YES) * sqrt(confidence)), ``weighted_majority`` (the answer with the largest sum of
+            these), ``majority`` (the most frequent answer, which needs no verification), or a callable that takes
+            the candidates and returns the index of one.
+        extract: the answer in a branch's text, in a form that can be compared, or None.
+
+    Returns:
+        The :class:`Verdict`. A failed or empty branch loses; it never brings the rest down.
+
+    Raises:
+        OptionError: an argument is of no use; the message names it.
+        LabelError: the labels cannot be told apart by their first token.
+        UnsupportedBackendError: verification is needed and the branches are not on an SGLang server.
+        ServerError: the server went away.
+        VerificationError: every branch failed.
+    """
+    gate = SkipGate() if skip is None else skip
+    if not isinstance(gate, SkipGate):
+        raise OptionError(f"skip: must be a SkipGate or None, got {type(skip).__name__}")
+    selector_of(select)
+    if len(branches.states) == 0:
+        raise OptionError("branches: the group has no branches")
+    asked = (DEFAULT_QUESTION if question is None else question).replace("{labels}", " or ".join(labels))
+
+    members = [_collect(index, state, var, extract) for index, state in enumerate(branches.states)]
+    if all(branch.error is not None for branch in members):
+        raise _all_failed(members, branches)
+
+    decision = _decide(gate, members, select)
+    if not decision.skip:
+        _verify(members, asked, labels)
+    else:
+        _count_unspent(members, asked)
+    # A branch can fail in verification too, so this is looked at again.
+    alive = [branch for branch in members if branch.error is None]
+    if not alive:
+        raise _all_failed(members, branches)
+    index = decision.index
+    if index is None or members[index].error is not None:
+        index = choose(select, [_candidate(branch) for branch in alive])
+    verdict = _verdict(members, index, decision)
+    logger.info(
+        "verify_gated: branch %d of %d, %s (%s); %d tokens computed, %d saved",
+        index,
+        len(members),
+        "verification skipped" if decision.skip else "verified",
+        decision.reason,
+        verdict.tokens_spent,
+        verdict.tokens_saved,
+    )
+    return verdict
+
+
+def _collect(index: int, state: ProgramState, var: str, extract: Callable[[str], str | None]) -> _Branch:
+    """Wait for a branch and take what it produced."""
+    branch = _Branch(index, state)
+    error = state.error()
+    if error is not None:
+        branch.error = str(error) or type(error).__name__
+        return branch
+    if var not in state:
+        branch.error = f"the branch has no variable {var!r}; it has {sorted(state.stream_executor.variables)}"
+        return branch
+    text = state[var]
+    if isinstance(text, list):
+        branch.error = f"{var!r} holds {len(text)} continuations (n > 1); verify one text a branch"
+        return branch
+    if not text.strip():
+        branch.error = f"{var!r} is empty"
+        return branch
+    meta_info = state.get_meta_info(var) or {}
+    branch.text = text
+    branch.answer = extract(text)
+    branch.confidence = meta_info.get("confidence")
+    return branch
+
+
+def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> SkipDecision:
+    if isinstance(select, str) and select not in NEEDS_SCORES:
+        return SkipDecision(True, None, f"selection by {select} needs no verification")
+    return gate.decide(
+        [branch.answer if branch.error is None else None for branch in members],
+        [branch.confidence if branch.error is None else None for branch in members],
+    )
+
+
+def _verify(members: list[_Branch], question: str, labels: Sequence[str]) -> None:
+    """Ask for each branch that is alive; all in one request, so that they form one batch."""
+    alive = [branch for branch in members if branch.error is None]
+    endpoint = _endpoint(alive[0])
+    tokens = resolve_labels(labels, endpoint.tokenize)
+    bodies = [_request(branch, question, tokens) for branch in alive]
+    responses = _ask(endpoint, bodies)
+    for branch, response in zip(alive, responses, strict=True):
+        if isinstance(response, ServerError):
+            branch.error = f"verification failed: {response}"
+            continue
+        _take(branch, response, tokens)
+
+
+def _endpoint(branch: _Branch) -> BranchEndpoint:
+    backend = branch.state.stream_executor.backend
+    if not isinstance(backend, BranchEndpoint):
+        raise UnsupportedBackendError(
+            f"verification reads token log-probabilities from an SGLang server, and this branch is on "
+            f"{type(backend).__name__}; make the branches with fork_similar on a RuntimeEndpoint, or use "
+            f"select='majority', which needs no verification"
+        )
+    return backend
+
+
+def _request(branch: _Branch, question: str, tokens: LabelTokens) -> dict[str, Any]:
+    endpoint = _endpoint(branch)
+    text = branch.state.text() + verification_suffix(
+        question, branch.state.stream_executor.chat_template, branch.state.messages()
+    )
+    ids = endpoint.prompt_ids(text)
+    return {
+        **({"text": text} if ids is None else {"input_ids": ids}),
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0, **endpoint.request_options(op="verify")},
+        "return_logprob": True,
+        "token_ids_logprob": tokens.all_ids,
+    }
+
+
+def verification_suffix(question: str, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> str:
+    """What is appended to a branch's text to ask about it.
+
+    Args:
+        question: the question, labels filled in.
+        template: the program's chat template.
+        messages: the branch's turns so far; without any, the question is plain text.
+    """
+    if not messages:
+        return f"\n\n{question}\n"
+    prefix, suffix = template.get_prefix_and_suffix("user", list(messages))
+    opening, _ = template.get_prefix_and_suffix("assistant", [*messages, {"role": "user", "content": question}])
+    return f"{prefix}{question}{suffix}{opening}"
+
+
+def _ask(endpoint: BranchEndpoint, bodies: list[dict[str, Any]]) -> list[Any]:
+    """Each request's answer, or the server's refusal of it; in one batch where that can be."""
+    keys = {"input_ids" if "input_ids" in body else "text" for body in bodies}
+    if len(keys) == 1:
+        (key,) = keys
+        batch = {
+            key: [body[key] for body in bodies],
+            "sampling_params": [body["sampling_params"] for body in bodies],
+            "return_logprob": [True] * len(bodies),
+            "token_ids_logprob": [body["token_ids_logprob"] for body in bodies],
+        }
+        try:
+            return endpoint.post_json("/generate", batch)
+        except ServerRefusedError as error:
+            logger.info("the batch of verifications was refused (%s); asking one by one", error)
+    return [_ask_alone(endpoint, body) for body in bodies]
+
+
+def _ask_alone(endpoint: BranchEndpoint, body: dict[str, Any]) -> Any:
+    """One request by itself: an answer, or the server's refusal of just this one."""
+    try:
+        return endpoint.post_json("/generate", body)
+    except ServerRefusedError as error:
+        return error
+
+
+def _take(branch: _Branch, response: dict[str, Any], tokens: LabelTokens) -> None:
+    meta_info = response["meta_info"]
+    positions = meta_info.get("output_token_ids_logprobs") or []
+    if not positions or not positions[0]:
+        branch.error = "verification failed: the server returned no log-probabilities of the labels"
+        return
+    try:
+        logprobs = {int(token): float(logprob) for logprob, token, *_ in positions[0] if logprob is not None}
+        branch.score = tokens.probabilities(logprobs)[0]
+    except LabelError as error:
+        branch.error = f"verification failed: {error}"
+        return
+    branch.prompt_tokens = meta_info["prompt_tokens"]
+    branch.cached_tokens = meta_info["cached_tokens"]
+    branch.report = meta_info.get("rksc")
+
+
+def _count_unspent(members: list[_Branch], question: str) -> None:
+    """Length of the verification prompts that were not sent, where the ids are known."""
+    for branch in members:
+        backend = branch.state.stream_executor.backend
+        if branch.error is not None or not isinstance(backend, BranchEndpoint):
+            continue
+        executor = branch.state.stream_executor
+        suffix = verification_suffix(question, executor.chat_template, branch.state.messages())
+        ids = backend.prompt_ids(branch.state.text() + suffix)
+        branch.prompt_tokens = branch.cached_tokens = len(ids) if ids is not None else 0
+
+
+def _candidate(branch: _Branch) -> Candidate:
+    return Candidate(branch.index, branch.text, branch.answer, branch.score, branch.confidence)
+
+
+def _all_failed(members: list[_Branch], branches: ProgramStateGroup) -> Exception:
+    """The error of a fork without a usable branch; the server's own where that is what stopped every branch."""
+    causes = [state.error() for state in branches.states]
+    if causes and all(isinstance(cause, ServerError) for cause in causes):
+        return causes[0]
+    listed = "; ".join(f"branch {branch.index}: {branch.error}" for branch in members)
+    return VerificationError(f"every branch failed: {listed}")
+
+
+def _verdict(members: list[_Branch], index: int, decision: SkipDecision) -> Verdict:
+    return Verdict(
+        best=members[index].state,
+        index=index,
+        scores=[branch.score for branch in members],
+        confidences=[branch.confidence for branch in members],
+        answers=[branch.answer for branch in members],
+        errors=[branch.error for branch in members],
+        skipped=decision.skip,
+        reason=decision.reason,
+        new_tokens=[branch.prompt_tokens - branch.cached_tokens for branch in members],
+        tokens_spent=sum(branch.prompt_tokens - branch.cached_tokens for branch in members),
+        tokens_saved=sum(branch.cached_tokens for branch in members),
+        reports=[branch.report for branch in members],
+    )

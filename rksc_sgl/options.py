@@ -1,0 +1,99 @@
+"""What a request may ask of us under ``custom_params["rksc"]``, and the check of it.
+
+The same check runs in the client (before a request is sent) and in the server (at admission, where a violation
+answers 400), so that both name the same key in the same words. SGLang carries ``custom_params`` from any
+client to the scheduler; values are scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rksc_sgl.errors import OptionError
+
+KEY = "rksc"
+SHARE_MODES = ("auto", "exact")
+OPERATIONS = ("branch", "verify")
+MAX_GROUP_LENGTH = 128
+MAX_BRANCHES = 4096
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of one request.
+
+    Attributes:
+        group: identifier of the fork that this branch belongs to; None for a request on its own.
+        branch: index of this branch in its fork, from 0.
+        branches: number of branches in the fork.
+        share: how the branch may reuse KV of its siblings. ``auto`` takes the best that the server offers;
+            ``exact`` only ever reuses the KV of identical tokens.
+        op: ``branch`` for generation, ``verify`` for the verification of a branch.
+    """
+
+    group: str | None = None
+    branch: int = 0
+    branches: int = 1
+    share: str = "auto"
+    op: str = "branch"
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            _check_type("group", self.group, str, "a string")
+            if not 0 < len(self.group) <= MAX_GROUP_LENGTH:
+                raise OptionError(f"{KEY}.group: must have 1 to {MAX_GROUP_LENGTH} characters, got {len(self.group)}")
+        _check_type("branches", self.branches, int, "an integer")
+        if not 1 <= self.branches <= MAX_BRANCHES:
+            raise OptionError(f"{KEY}.branches: must be 1 to {MAX_BRANCHES}, got {self.branches}")
+        _check_type("branch", self.branch, int, "an integer")
+        if not 0 <= self.branch < self.branches:
+            raise OptionError(f"{KEY}.branch: must be 0 to branches - 1 = {self.branches - 1}, got {self.branch}")
+        _check_choice("share", self.share, SHARE_MODES)
+        _check_choice("op", self.op, OPERATIONS)
+
+    @classmethod
+    def from_mapping(cls, values: Any) -> RequestOptions:
+        """Parse the value under ``custom_params["rksc"]``.
+
+        Raises:
+            OptionError: naming the key that is unknown, of the wrong type or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise OptionError(f"{KEY}: must be an object of options, got {type(values).__name__}")
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise OptionError(f"{KEY}.{key}: unknown option; the options are {', '.join(known)}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as sent in ``custom_params["rksc"]``."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+def options_of(custom_params: Any) -> RequestOptions | None:
+    """The options in a request's ``custom_params``, or None where it did not opt in.
+
+    Raises:
+        OptionError: the request opted in with options that are not valid.
+    """
+    if not isinstance(custom_params, Mapping) or KEY not in custom_params:
+        return None
+    return RequestOptions.from_mapping(custom_params[KEY])
+
+
+def _check_type(key: str, value: Any, expected: type, name: str) -> None:
+    # bool is an int to Python, not to a caller
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise OptionError(f"{KEY}.{key}: must be {name}, got {value!r}")
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{KEY}.{key}: must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,188 @@
+"""Every place where we hook SGLang 0.5.23, in one table.
+
+A hook is armed with :func:`rksc_sgl.on_import.when_imported` and so applied only in the processes that load its
+module. ``parameters`` are those of the hooked callable in the pinned release; ``rksc doctor`` and the tests compare
+them with the installed one, so that an upgrade fails loudly and names what moved.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rksc_sgl.on_import import when_imported
+from rksc_sgl.sglang_plugin import admission, report, routes
+
+logger = logging.getLogger(__name__)
+
+SGLANG_VERSION = "0.5.23"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hooked target.
+
+    Attributes:
+        target: dotted path, module first.
+        kind: "before", "after" or "around", as SGLang's HookType.
+        function: our side of it.
+        parameters: names of the target's parameters in the pinned release.
+        process: which of SGLang's processes loads it: "http", "tokenizer" (same process) or "scheduler".
+        why: what it is for.
+    """
+
+    target: str
+    module: str
+    kind: str
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+    process: str
+    why: str
+
+
+_HTTP = "sglang.srt.entrypoints.http_server"
+_CHAT = "sglang.srt.entrypoints.openai.serving_chat"
+_COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_STATE = "sglang.srt.managers.scheduler_components.internal_state"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target=f"{_HTTP}.generate_contract_error",
+        module=_HTTP,
+        kind="after",
+        function=admission.check_generate_body,
+        parameters=("body",),
+        process="http",
+        why="a /generate body with bad rksc options answers 400, also when it asks for a stream",
+    ),
+    Hook(
+        target=f"{_CHAT}.OpenAIServingChat._validate_request",
+        module=_CHAT,
+        kind="after",
+        function=admission.check_openai_request,
+        parameters=("self", "request"),
+        process="http",
+        why="the same for /v1/chat/completions",
+    ),
+    Hook(
+        target=f"{_COMPLETIONS}.OpenAIServingCompletion._validate_request",
+        module=_COMPLETIONS,
+        kind="after",
+        function=admission.check_openai_request,
+        parameters=("self", "request"),
+        process="http",
+        why="the same for /v1/completions",
+    ),
+    Hook(
+        target=f"{_TOKENIZER}.TokenizerManager._create_tokenized_object",
+        module=_TOKENIZER,
+        kind="before",
+        function=admission.check_tokenizer_request,
+        parameters=("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs", "token_type_ids"),
+        process="tokenizer",
+        why="the same for sgl.Engine and every other way in",
+    ),
+    Hook(
+        target=f"{_TOKENIZER}.TokenizerManager.update_request_meta_info",
+        module=_TOKENIZER,
+        kind="around",
+        function=report.write_meta_info,
+        parameters=("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+        process="tokenizer",
+        why="meta_info['rksc'] of the requests that opted in, and only of those",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.Scheduler.get_output_streamer_class",
+        module=_SCHEDULER,
+        kind="after",
+        function=report.reporting_streamer_class,
+        parameters=("self",),
+        process="scheduler",
+        why="carries what was decided for a request from the scheduler to meta_info",
+    ),
+    Hook(
+        target=f"{_STATE}.SchedulerInternalStateController.get_internal_state",
+        module=_STATE,
+        kind="after",
+        function=report.add_internal_state,
+        parameters=("self", "recv_req"),
+        process="scheduler",
+        why="GET /rksc/info sees which hooks and which tree the scheduler really has",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HookState:
+    """Whether a hook is in place in this process.
+
+    Attributes:
+        applied: None while its module has not been loaded here.
+        problem: what is wrong, None if nothing.
+    """
+
+    target: str
+    applied: bool | None
+    problem: str | None
+
+
+_problems: dict[str, str] = {}
+_armed: tuple[Hook, ...] = ()
+
+
+def arm(hooks: Iterable[Hook]) -> None:
+    """Apply each hook as soon as its module is loaded, and the HTTP routes with the HTTP server."""
+    global _armed
+    _armed = tuple(hooks)
+    for hook in _armed:
+        when_imported(hook.module, lambda _module, hook=hook: _apply(hook))
+    when_imported(_HTTP, routes.add_routes)
+
+
+def problem_of(hook: Hook) -> str | None:
+    """What is wrong with a hook's target in the installed SGLang, or None. Imports the target's module."""
+    try:
+        target = pkgutil.resolve_name(hook.target)
+    except (AttributeError, ImportError) as error:
+        return f"{hook.target} does not exist ({error})"
+    parameters = tuple(inspect.signature(target).parameters)
+    if parameters != hook.parameters:
+        return f"{hook.target} takes {parameters}, expected {hook.parameters}"
+    return None
+
+
+def states() -> list[HookState]:
+    """The state of every armed hook in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    result = []
+    for hook in _armed:
+        problem = _problems.get(hook.target)
+        applied = True if hook.target in HookRegistry._patched else (False if problem else None)
+        result.append(HookState(hook.target, applied, problem))
+    return result
+
+
+def _apply(hook: Hook) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    problem = problem_of(hook)
+    if problem is None:
+        HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
+        HookRegistry.apply_hooks()
+        if hook.target not in HookRegistry._patched:
+            problem = f"{hook.target} could not be patched; SGLang's log says why"
+    if problem is not None:
+        _problems[hook.target] = problem
+        logger.error("rksc: %s. This build hooks SGLang %s; `rksc doctor` shows all targets.", problem, SGLANG_VERSION)
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """:func:`states` as plain values, for reports."""
+    return {state.target: {"applied": state.applied, "problem": state.problem} for state in states()}

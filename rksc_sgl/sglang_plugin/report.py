@@ -1,0 +1,67 @@
+"""What was decided for a request, from the scheduler to its ``meta_info["rksc"]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rksc_sgl.options import KEY, options_of
+
+
+def request_report(req: Any) -> dict[str, Any] | None:
+    """The report of one scheduler request, or None where it did not opt in.
+
+    ``mode`` says how the prefix came to be, ``reused_tokens`` how many of its tokens were served from KV that was
+    there already (the same number as SGLang's ``cached_tokens``: exact reuse).
+    """
+    options = options_of(req.sampling_params.custom_params)
+    if options is None:
+        return None
+    report: dict[str, Any] = {"mode": "exact", "op": options.op, "reused_tokens": req.cached_tokens}
+    if options.group is not None:
+        report.update(group=options.group, branch=options.branch, branches=options.branches)
+    return report
+
+
+def reporting_streamer_class(result: type, scheduler: Any) -> type:
+    """AFTER hook: the scheduler's output streamer, with our report beside each request that opted in."""
+
+    class ReportingStreamer(result):  # type: ignore[valid-type,misc]
+        # The embedded Rust front end has no channel for extra output fields and refuses a class that has some.
+        has_additional_customized_info = scheduler.rust_server is None
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+            reports = [request_report(req) for req in reqs]
+            inherited = super().build_additional_customized_info(reqs)
+            return {**inherited, KEY: reports} if any(reports) else inherited
+
+    return ReportingStreamer
+
+
+def write_meta_info(
+    original: Any,
+    tokenizer_manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, Any],
+    index: int,
+    finish_reason: Any,
+) -> None:
+    """AROUND hook: our report is one object per request, not a list that grows with the tokens."""
+    others = {key: values for key, values in customized_info.items() if key != KEY}
+    original(tokenizer_manager, meta_info, state, others, index, finish_reason)
+    reports = customized_info.get(KEY)
+    if reports is not None and reports[index] is not None:
+        meta_info[KEY] = reports[index]
+
+
+def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
+    """AFTER hook: what of ours is at work in the scheduler."""
+    from rksc_sgl.sglang_plugin import hooks
+
+    scheduler = controller.scheduler
+    result.internal_state[KEY] = {
+        "tree_cache": type(scheduler.tree_cache).__name__,
+        "attention_backend": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
+        "hooks": hooks.describe(),
+    }
+    return result
