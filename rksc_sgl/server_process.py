@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ import httpx
 import psutil
 
 from rksc_sgl.errors import RkscError, ServerUnreachableError
+from rksc_sgl.parent_death import end_with_parent
 
 STOP_GRACE_S = 10.0
 START_TIMEOUT_S = 300.0
@@ -225,18 +225,11 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _end_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process when the one that watches it is gone (Linux; elsewhere nothing)."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before we asked
-        os._exit(1)
-
-
 def _serve(args: list[str]) -> None:
     """SGLang's own server, with plugins loaded, in this process."""
+    from rksc_sgl.cpu_platform import warm_fork
+
+    warm_fork.start()
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -251,5 +244,5 @@ def _serve(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent(int(sys.argv[1]))
+    end_with_parent(int(sys.argv[1]))
     _serve(sys.argv[2:])

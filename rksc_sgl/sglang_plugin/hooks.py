@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rksc_sgl.cpu_platform import warm_fork
 from rksc_sgl.on_import import when_imported
 from rksc_sgl.sglang_plugin import admission, report, routes
 
@@ -49,6 +50,7 @@ _CHAT = "sglang.srt.entrypoints.openai.serving_chat"
 _COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
+_ENGINE = "sglang.srt.entrypoints.engine"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
 HOOKS: tuple[Hook, ...] = (
@@ -114,6 +116,15 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "recv_req"),
         process="scheduler",
         why="GET /rksc/info sees which hooks and which tree the scheduler really has",
+    ),
+    Hook(
+        target=f"{_ENGINE}._set_envs_and_config",
+        module=_ENGINE,
+        kind="after",
+        function=warm_fork.use_for_workers,
+        parameters=("server_args",),
+        process="http",
+        why="on the CPU platform workers are forked from a process that has imported SGLang",
     ),
 )
 
