@@ -8,6 +8,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from rksc_sgl.cpu_platform import attention
+
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULT_MEM_FRACTION = 0.6  # of the machine's memory, for weights and KV; KV pages cost memory once written
 DEFAULT_CHUNKED_PREFILL = 2048
@@ -34,13 +36,16 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         for name, value in defaults.items():
             if getattr(server_args, name) in (None, "auto"):
                 setattr(server_args, name, value)
+        # SGLang has filled this in for every CPU by now (intel_amx, or torch_native on Arm): ask what was given.
+        if (getattr(server_args, "_raw_input", None) or {}).get("attention_backend") is None:
+            server_args.attention_backend = attention.BACKEND_NAME
 
     def get_device(self, device_id: int = 0) -> str:
         # The in-tree mixin returns a torch.device; server arguments want the string.
         return "cpu"
 
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return attention.BACKEND_NAME
 
     def get_kv_pool_cls(self, *, kind: Any) -> type | None:
         if kind != "mha":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rksc_sgl.cpu_platform import warm_fork
+from rksc_sgl.cpu_platform import paging, warm_fork
 from rksc_sgl.on_import import when_imported
 from rksc_sgl.sglang_plugin import admission, report, routes
 
@@ -50,6 +50,7 @@ _CHAT = "sglang.srt.entrypoints.openai.serving_chat"
 _COMPLETIONS = "sglang.srt.entrypoints.openai.serving_completions"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
+_ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
@@ -125,6 +126,15 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("server_args",),
         process="http",
         why="on the CPU platform workers are forked from a process that has imported SGLang",
+    ),
+    Hook(
+        target=f"{_ALLOCATION}.get_last_loc",
+        module=_ALLOCATION,
+        kind="around",
+        function=paging.last_slots,
+        parameters=("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor"),
+        process="scheduler",
+        why="page sizes above 1 on a CPU, where there is no Triton",
     ),
 )
 

@@ -7,20 +7,29 @@ common (``prefix_tree``), lays the reads out in tiles (``cover``, ``plan``) and 
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
+from rksc_sgl.on_import import when_imported
+
 BACKEND_NAME = "rksc_cpu"
 
 
-def register_attention_backend_rksc_cpu() -> None:
-    """Make ``--attention-backend rksc_cpu`` known to SGLang; calling it again changes nothing."""
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
-    from sglang.srt.layers.attention.attention_registry import register_attention_backend
-    from sglang.srt.server_args import add_attention_backend_choices
+def arm() -> None:
+    """Make ``--attention-backend rksc_cpu`` known to SGLang, in the processes that load what it needs."""
+    when_imported("sglang.srt.arg_groups.choices", _add_choice)
+    when_imported("sglang.srt.layers.attention.attention_registry", _register)
 
-    if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([BACKEND_NAME])
 
-    @register_attention_backend(BACKEND_NAME)
-    def create_rksc_cpu_backend(runner):  # type: ignore[no-untyped-def]
-        from .backend import RkscCpuAttnBackend
+def _add_choice(choices: ModuleType) -> None:
+    if BACKEND_NAME not in choices.ATTENTION_BACKEND_CHOICES:
+        choices.add_attention_backend_choices([BACKEND_NAME])
+
+
+def _register(registry: ModuleType) -> None:
+    def create(runner: Any) -> Any:
+        from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
 
         return RkscCpuAttnBackend(runner)
+
+    registry.register_attention_backend(BACKEND_NAME)(create)

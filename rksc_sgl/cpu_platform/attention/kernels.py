@@ -71,21 +71,36 @@ def planned_attention(
     if plan.levels == 1 and plan.order is None:
         for tile in plan.tiles:
             partial, _ = _attend(tile, by_head, k_cache, v_cache, rule, fused, workspace)
-            _store(tile, partial, result.unsqueeze(0))
+            _store(tile, _by_level(tile, partial), result.unsqueeze(0))
         return out
-    shape = (plan.levels, kv_heads, plan.rows, group)
-    partials = q.new_zeros((*shape, v_dim), dtype=torch.float32)
-    sums = q.new_full(shape, float("-inf"), dtype=torch.float32)
-    for tile in plan.tiles:
-        partial, log_sum = _attend(tile, by_head, k_cache, v_cache, rule, fused, workspace)
-        _store(tile, partial, partials)
-        _store(tile, log_sum, sums)
-    merged = partials.mul_(sums.softmax(dim=0).unsqueeze(-1)).sum(dim=0)
+    if len(plan.tiles) == 1:
+        partial, log_sum = _attend(plan.tiles[0], by_head, k_cache, v_cache, rule, fused, workspace)
+        merged = _merge(_by_level(plan.tiles[0], partial), _by_level(plan.tiles[0], log_sum))
+    else:
+        shape = (plan.levels, kv_heads, plan.rows, group)
+        partials = q.new_zeros((*shape, v_dim), dtype=torch.float32)
+        log_sums = q.new_full(shape, float("-inf"), dtype=torch.float32)
+        for tile in plan.tiles:
+            partial, log_sum = _attend(tile, by_head, k_cache, v_cache, rule, fused, workspace)
+            _store(tile, _by_level(tile, partial), partials)
+            _store(tile, _by_level(tile, log_sum), log_sums)
+        merged = _merge(partials, log_sums)
     if plan.order is None:
         result.copy_(merged)
     else:
         out.unflatten(1, (kv_heads, group))[plan.order] = merged.transpose(0, 1).to(out.dtype)
     return out
+
+
+def _merge(partials: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
+    """One softmax over all keys from the softmax over each part of them.
+
+    Args:
+        partials: ``[levels, kv_heads, rows, group, dim]``.
+        log_sums: ``[levels, kv_heads, rows, group]``, the log-sum-exp of each part's logits; minus infinity where
+            a row has no such part, which must be finite in ``partials``.
+    """
+    return (partials * log_sums.softmax(dim=0).unsqueeze(-1)).sum(dim=0)
 
 
 def _attend(
@@ -136,17 +151,20 @@ def _read(tile: Tile, cache: torch.Tensor, queries: torch.Tensor, workspace: Wor
     return block if tile.folded else block.expand(queries.shape[0], -1, -1, -1)
 
 
-def _store(tile: Tile, value: torch.Tensor, levels: torch.Tensor) -> None:
-    """Write a tile's ``[batch, kv_heads, rows(, dim)]`` to its rows of ``[levels, kv_heads, rows, group(, dim)]``."""
-    target = levels[tile.level : tile.level + tile.parts]
+def _by_level(tile: Tile, value: torch.Tensor) -> torch.Tensor:
+    """A tile's ``[batch, kv_heads, tile rows(, dim)]`` as ``[parts, kv_heads, rows, group(, dim)]``."""
     if not tile.folded:
-        # [group, kv_heads, rows(, dim)] -> [1, kv_heads, rows, group(, dim)]
-        value = value.movedim(0, 2).unsqueeze(0)
-    else:
-        value = value.unflatten(2, (tile.tokens, -1))
-        if tile.sequences > 1:
-            # [sequences, kv_heads, tokens, group(, dim)] -> [1, kv_heads, sequences * tokens, group(, dim)]
-            value = value.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        return value.movedim(0, 2).unsqueeze(0)
+    value = value.unflatten(2, (tile.tokens, -1))
+    if tile.sequences == 1:
+        return value
+    # [sequences, kv_heads, tokens, group(, dim)] with the sequences' rows one after another
+    return value.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _store(tile: Tile, value: torch.Tensor, levels: torch.Tensor) -> None:
+    """Write a tile's ``[parts, kv_heads, rows, group(, dim)]`` to its levels and rows of all."""
+    target = levels[tile.level : tile.level + tile.parts]
     if isinstance(tile.rows, slice):
         target[:, :, tile.rows].copy_(value)
     else:

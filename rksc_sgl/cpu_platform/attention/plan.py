@@ -235,8 +235,8 @@ class _Builder:
         bucket = sorted(bucket, key=lambda own: self.places[own.member])
         width = max(own.positions.size for own in bucket)
         tokens = self._tokens(bucket[0])
-        slots = np.empty((len(bucket), width), dtype=np.int64)
-        mask = np.zeros((len(bucket), tokens, width), dtype=np.float32)
+        slots: np.ndarray = np.empty((len(bucket), width), dtype=np.int64)
+        mask: np.ndarray = np.zeros((len(bucket), tokens, width), dtype=np.float32)
         for line, own in enumerate(bucket):
             size = own.positions.size
             slots[line, :size] = self.sequences[own.member].slots[own.positions]
@@ -373,7 +373,7 @@ def _long_runs(slots: np.ndarray, start: int, stop: int, min_run: int) -> tuple[
     runs = [np.arange(edges[i], edges[i + 1]) for i in np.flatnonzero(sizes >= min_run)]
     if not runs:
         return [], np.arange(start, stop)
-    kept = np.repeat(sizes < min_run, sizes)
+    kept: np.ndarray = np.repeat(sizes < min_run, sizes)
     return runs, np.arange(start, stop)[kept]
 
 

@@ -34,7 +34,7 @@ class Trunk:
 
 Forest = tuple["Trunk | Leaf", ...]
 
-MAX_DEPTH = 64  # trunks above one another; below that every sequence reads for itself
+MAX_DEPTH = 16  # trunks above one another; each is a partial result of its rows to keep until they are merged
 
 
 def shared_prefix_forest(sequences: Sequence[QuerySequence], *, min_shared: int, window: int | None) -> Forest:
@@ -54,7 +54,7 @@ def shared_prefix_forest(sequences: Sequence[QuerySequence], *, min_shared: int,
     """
     grower = _Grower(sequences, min_shared, window)
     sharing = [i for i, sequence in enumerate(sequences) if sequence.shareable]
-    alone = [grower.leaf(i, 0) for i, sequence in enumerate(sequences) if not sequence.shareable]
+    alone: list[Trunk | Leaf] = [grower.leaf(i, 0) for i, sequence in enumerate(sequences) if not sequence.shareable]
     return tuple(sorted(grower.grow(sharing, 0, 0, MAX_DEPTH) + alone, key=lambda tree: tree.members[0]))
 
 

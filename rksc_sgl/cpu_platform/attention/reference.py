@@ -1,4 +1,4 @@
-"""Attention written out: the oracle of the tests, one sequence, one head and one row block at a time."""
+"""Attention written out: the oracle of the tests, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def reference_attention(
         visible = key_position <= row_position
         if window is not None:
             visible &= key_position >= row_position - window
-        for head in range(q.shape[1]):
-            keys = k_cache[slots, head // group].double()
-            values = v_cache[slots, head // group].double()
-            logits = q[first_row : first_row + tokens, head].double() @ keys.T * scale
-            if logit_cap > 0:
-                logits = logit_cap * torch.tanh(logits / logit_cap)
-            weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-            out[first_row : first_row + tokens, head] = weights @ values
+        keys = k_cache[slots].double().repeat_interleave(group, dim=1)
+        values = v_cache[slots].double().repeat_interleave(group, dim=1)
+        queries = q[first_row : first_row + tokens].double()
+        logits = torch.einsum("thd,khd->htk", queries, keys) * scale
+        if logit_cap > 0:
+            logits = logit_cap * torch.tanh(logits / logit_cap)
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        out[first_row : first_row + tokens] = torch.einsum("htk,khd->thd", weights, values)
         first_row += tokens
     return out.to(q.dtype)

@@ -1,0 +1,250 @@
+"""The CPU platform's attention against SGLang's ``torch_native``, on whole model steps of two real servers.
+
+Both servers run the same model side by side; one works at a time, and which one begins alternates. For every cell
+the generated tokens are compared. A decode step's time is that of a long generation less that of a short one, so
+that HTTP, tokenizing and prefill cancel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from rksc_sgl.cli.serve import server_arguments
+from rksc_sgl.model_fetch import DEFAULT_MODEL
+from rksc_sgl.server_process import ServerProcess
+
+BASELINE, OURS = "torch_native", "rksc_cpu"
+STEPS = 32
+HEAVY = 24_000  # sequences x prefix from which on the baseline takes minutes; fewer steps there
+HEAVY_STEPS = 4
+EXTEND = 8
+FIRST_WORD, LAST_WORD = 1000, 40_000  # ids that are ordinary tokens in the embedded model's vocabulary
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload: ``batch`` sequences with prefixes of ``prefix`` tokens, the same or different ones."""
+
+    batch: int
+    prefix: int
+    shared: bool
+
+    @property
+    def steps(self) -> int:
+        return HEAVY_STEPS if self.batch * self.prefix > HEAVY else STEPS
+
+    def prompts(self, seed: int) -> list[list[int]]:
+        """Token ids of each sequence; also with a shared prefix each has a last token of its own."""
+        source = random.Random(seed)
+        common = _words(source, self.prefix - 1)
+        prompts = []
+        for index in range(self.batch):
+            prefix = common if self.shared else _words(source, self.prefix - 1)
+            prompts.append([*prefix, FIRST_WORD + index])
+        return prompts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds of each server and whether their tokens were equal."""
+
+    seconds: dict[str, float]
+    equal: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds[BASELINE] / self.seconds[OURS]
+
+
+class Server:
+    """A server and what is asked of it."""
+
+    def __init__(self, process: ServerProcess) -> None:
+        self.client = httpx.Client(base_url=process.url, timeout=3600.0, trust_env=False)
+
+    def flush(self) -> None:
+        self.client.post("/flush_cache").raise_for_status()
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]], list[int]]:
+        """Wall time, generated ids and cached prompt tokens of a greedy batch."""
+        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        began = time.perf_counter()
+        response = self.client.post("/generate", json={"input_ids": prompts, "sampling_params": params})
+        seconds = time.perf_counter() - began
+        response.raise_for_status()
+        answers = response.json()
+        return (
+            seconds,
+            [one["output_ids"] for one in answers],
+            [one["meta_info"]["cached_tokens"] for one in answers],
+        )
+
+
+def decode_step(server: Server, cell: Cell, seed: int) -> tuple[float, list[list[int]]]:
+    """Seconds of one decode step with every prefix cached, and the tokens."""
+    prompts = cell.prompts(seed)
+    server.flush()
+    server.generate(prompts[:1], 1)
+    server.generate(prompts, 1)
+    short, _, cached = server.generate(prompts, 1)
+    assert min(cached) >= cell.prefix - 1, f"prefixes were not cached: {cached}"
+    long, tokens, _ = server.generate(prompts, cell.steps + 1)
+    return (long - short) / cell.steps, tokens
+
+
+def prefill(server: Server, length: int, seed: int) -> tuple[float, list[list[int]]]:
+    """Seconds of a cold prefill of ``length`` tokens, and the token after it."""
+    server.flush()
+    seconds, tokens, cached = server.generate([_words(random.Random(seed), length)], 1)
+    assert cached == [0], f"the prefill was not cold: {cached} tokens were cached"
+    return seconds, tokens
+
+
+def extend(server: Server, prefix: int, seed: int) -> tuple[float, list[list[int]]]:
+    """Seconds of :data:`EXTEND` new tokens on a cached prefix, and the token after them."""
+    source = random.Random(seed)
+    common = _words(source, prefix)
+    server.flush()
+    server.generate([common], 1)
+    tail = _words(source, EXTEND)
+    seconds, tokens, cached = server.generate([[*common, *tail]], 1)
+    assert cached[0] >= prefix - 1, f"the prefix was not cached: {cached}"
+    return seconds, tokens
+
+
+def compare(
+    servers: dict[str, Server], work: Callable[[Server, int], tuple[float, list[list[int]]]], repeats: int
+) -> Outcome:
+    """Run the same work on both, in turns that alternate who begins; medians of the seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in servers}
+    equal = True
+    for repeat in range(repeats):
+        names = list(servers) if repeat % 2 == 0 else list(servers)[::-1]
+        tokens = {}
+        for name in names:
+            taken, tokens[name] = work(servers[name], repeat)
+            seconds[name].append(taken)
+        equal = equal and tokens[BASELINE] == tokens[OURS]
+    return Outcome({name: statistics.median(values) for name, values in seconds.items()}, equal)
+
+
+def read_bandwidth(repeats: int = 7) -> float:
+    """Bytes that PyTorch reads in a second from memory larger than any cache."""
+    import torch
+
+    block = torch.ones(1 << 27, dtype=torch.float32)  # 512 MiB
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        block.sum()
+        best = min(best, time.perf_counter() - began)
+    return block.numel() * 4 / best
+
+
+def bytes_of_step(model: str, cell: Cell) -> int:
+    """Bytes of weights and of distinct KV that one decode step must read."""
+    from pathlib import Path
+
+    config = json.loads((Path(model) / "config.json").read_text())
+    weights = (Path(model) / "model.safetensors").stat().st_size
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
+    distinct = cell.prefix if cell.shared else cell.prefix * cell.batch
+    return weights + token * distinct
+
+
+@contextlib.contextmanager
+def both_servers(model: str) -> Iterator[tuple[dict[str, Server], str]]:
+    """The two servers, and the model's directory."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        arguments = server_arguments(["--model-path", model, "--max-total-tokens", "160000"])
+        for name in (BASELINE, OURS):
+            process = stack.enter_context(ServerProcess([*arguments, "--attention-backend", name]))
+            servers[name] = Server(process)
+        yield servers, arguments[arguments.index("--model-path") + 1]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_decode", description=__doc__)
+    parser.add_argument("--model-path", default=DEFAULT_MODEL)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[256, 1331, 4096])
+    arguments = parser.parse_args(words)
+    cells = [
+        Cell(batch, prefix, shared)
+        for prefix in arguments.prefixes
+        for batch in arguments.batches
+        for shared in ((True,) if batch == 1 else (True, False))
+    ]
+    for needed in (Cell(8, 1331, True), Cell(8, 1331, False), Cell(1, 1331, True)):
+        if needed not in cells:
+            cells.append(needed)
+    with both_servers(arguments.model_path) as (servers, model):
+        bandwidth = read_bandwidth()
+        outcomes = {}
+        for cell in tqdm(cells, unit="cell", file=sys.stderr):
+            repeats = 1 if cell.steps == HEAVY_STEPS else arguments.repeats
+            outcomes[cell] = compare(servers, lambda server, seed, cell=cell: decode_step(server, cell, seed), repeats)
+        cold = compare(servers, lambda server, seed: prefill(server, 1331, seed), arguments.repeats)
+        short = compare(servers, lambda server, seed: extend(server, 1331, seed), arguments.repeats)
+    Console(width=None if sys.stdout.isatty() else 110).print(_table(outcomes, cold, short))
+    main_cell = Cell(8, 1331, True)
+    bound = bytes_of_step(model, main_cell) / bandwidth
+    result = {
+        "ratio_b8_p1331": round(outcomes[main_cell].ratio, 2),
+        "ratio_b1_p1331": round(outcomes[Cell(1, 1331, True)].ratio, 2),
+        "ratio_b8_p1331_unshared": round(outcomes[Cell(8, 1331, False)].ratio, 2),
+        "ratio_prefill_1331": round(cold.ratio, 2),
+        "ratio_extend_8_on_1331": round(short.ratio, 2),
+        "bandwidth_bound_fraction": round(bound / outcomes[main_cell].seconds[OURS], 3),
+        "tokens_equal": all(outcome.equal for outcome in (*outcomes.values(), cold, short)),
+    }
+    print(json.dumps(result), flush=True)
+    return 0 if result["tokens_equal"] else 1
+
+
+def _table(outcomes: dict[Cell, Outcome], cold: Outcome, short: Outcome) -> Table:
+    table = Table(title="milliseconds: a decode step, or a whole request")
+    for heading in ("work", BASELINE, OURS, "ratio", "tokens equal"):
+        table.add_column(heading, justify="left" if heading == "work" else "right")
+    rows = {
+        **{
+            f"decode, batch {cell.batch}, prefix {cell.prefix} {'shared' if cell.shared else 'each'}"
+            f"{'' if cell.steps == STEPS else f' ({cell.steps} steps)'}": outcome
+            for cell, outcome in outcomes.items()
+        },
+        "prefill of 1331 tokens": cold,
+        f"{EXTEND} tokens on a cached prefix of 1331": short,
+    }
+    for name, outcome in rows.items():
+        table.add_row(
+            name,
+            f"{outcome.seconds[BASELINE] * 1e3:.1f}",
+            f"{outcome.seconds[OURS] * 1e3:.1f}",
+            f"{outcome.ratio:.2f}",
+            "yes" if outcome.equal else "no",
+        )
+    return table
+
+
+def _words(source: random.Random, count: int) -> list[int]:
+    return [source.randrange(FIRST_WORD, LAST_WORD) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
