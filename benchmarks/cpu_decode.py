@@ -196,7 +196,7 @@ def main(words: Sequence[str] | None = None) -> int:
             cells.append(needed)
     with both_servers(arguments.model_path) as (servers, model):
         bandwidth = read_bandwidth()
-        outcomes = {}
+        outcomes: dict[Cell, Outcome] = {}
         for cell in tqdm(cells, unit="cell", file=sys.stderr):
             repeats = 1 if cell.steps == HEAVY_STEPS else arguments.repeats
             outcomes[cell] = compare(servers, lambda server, seed, cell=cell: decode_step(server, cell, seed), repeats)

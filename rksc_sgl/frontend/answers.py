@@ -14,8 +14,8 @@ _NUMBER_IN_TEXT = re.compile(
     r"(?<![\w.])[-+]?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?\s?%?(?!\w)"
 )
 _MARKED = (
-    re.compile(r"####\s*([^\n]+)"),
-    re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=)\s*:?\s*([^\n]+)", re.IGNORECASE),
+    re.compile(r"####\s*"),
+    re.compile(r"\banswer\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE),
 )
 _CHOICE = re.compile(r"^\(?([A-Za-z])\)?(?:[.):,\s]|$)")
 
@@ -49,9 +49,9 @@ def extract_answer(text: str) -> str | None:
     if boxed is not None:
         return normalize_answer(boxed)
     for pattern in _MARKED:
-        found = pattern.findall(text)
-        if found:
-            answer = _from_statement(found[-1])
+        marks = list(pattern.finditer(text))
+        if marks:
+            answer = _from_statement(text[marks[-1].end() :].partition("\n")[0])
             if answer is not None:
                 return answer
     numbers = _NUMBER_IN_TEXT.findall(text.replace("−", "-"))

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rksc_sgl.errors import OptionError
+from rksc_sgl.options import RequestOptions, options_of
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"grop": "x"}, "rksc.grop: unknown option"),
+        ({"group": 3}, "rksc.group: must be a string"),
+        ({"group": ""}, "rksc.group: must have 1 to 128"),
+        ({"group": "x" * 129}, "rksc.group: must have 1 to 128"),
+        ({"branch": "1"}, "rksc.branch: must be an integer"),
+        ({"branch": True}, "rksc.branch: must be an integer"),
+        ({"branch": 2, "branches": 2}, "rksc.branch: must be 0 to branches - 1"),
+        ({"branch": -1}, "rksc.branch: must be 0"),
+        ({"branches": 0}, "rksc.branches: must be 1"),
+        ({"branches": 1.0}, "rksc.branches: must be an integer"),
+        ({"share": "always"}, "rksc.share: must be one of auto, exact"),
+        ({"op": None}, "rksc.op: must be one of branch, verify"),
+        ("auto", "rksc: must be an object"),
+        (None, "rksc: must be an object"),
+    ],
+)
+def test_a_bad_option_is_refused_by_its_name(values: object, named: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        options_of({"rksc": values})
+    assert named in str(caught.value)
+
+
+def test_options_survive_the_way_through_a_request() -> None:
+    options = RequestOptions(group="g", branch=3, branches=8, share="exact", op="verify")
+    assert RequestOptions.from_mapping(options.to_mapping()) == options
+    assert RequestOptions().to_mapping() == {}
+
+
+@pytest.mark.parametrize("custom_params", [None, {}, {"thinking_budget": 3}, "rksc", 5])
+def test_a_request_without_our_key_has_not_opted_in(custom_params: object) -> None:
+    assert options_of(custom_params) is None
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["group", "branch", "branches", "share", "op"]) | st.text(max_size=6),
+        SCALARS | st.lists(SCALARS, max_size=3),
+        max_size=4,
+    )
+)
+def test_any_value_gives_options_or_an_option_error(values: dict[str, object]) -> None:
+    try:
+        options = options_of({"rksc": values})
+    except OptionError as error:
+        assert "rksc" in str(error)
+    else:
+        assert options is not None
+        assert 0 <= options.branch < options.branches
