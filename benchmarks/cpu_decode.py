@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 from rich.console import Console
@@ -103,6 +104,10 @@ def decode_step(server: Server, cell: Cell, seed: int) -> tuple[float, list[list
     assert min(cached) >= cell.prefix - 1, f"prefixes were not cached: {cached}"
     long, tokens, _ = server.generate(prompts, cell.steps + 1)
     return (long - short) / cell.steps, tokens
+
+
+def _decode_cell(cell: Cell, server: Server, seed: int) -> tuple[float, list[list[int]]]:
+    return decode_step(server, cell, seed)
 
 
 def prefill(server: Server, length: int, seed: int) -> tuple[float, list[list[int]]]:
@@ -199,7 +204,7 @@ def main(words: Sequence[str] | None = None) -> int:
         outcomes: dict[Cell, Outcome] = {}
         for cell in tqdm(cells, unit="cell", file=sys.stderr):
             repeats = 1 if cell.steps == HEAVY_STEPS else arguments.repeats
-            outcomes[cell] = compare(servers, lambda server, seed, cell=cell: decode_step(server, cell, seed), repeats)
+            outcomes[cell] = compare(servers, partial(_decode_cell, cell), repeats)
         cold = compare(servers, lambda server, seed: prefill(server, 1331, seed), arguments.repeats)
         short = compare(servers, lambda server, seed: extend(server, 1331, seed), arguments.repeats)
     Console(width=None if sys.stdout.isatty() else 110).print(_table(outcomes, cold, short))

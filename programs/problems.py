@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,14 @@ from rksc_sgl.errors import OptionError, RkscError
 
 GSM8K = "gsm8k"
 REASONING_GYM = "reasoning-gym:"
+
+FULL_SCORE = 0.99  # reasoning-gym gives 1.0 to a right answer and parts of it to texts that only contain it
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)  # how its verifiers end on an answer they cannot parse
 
 PHRASINGS = (
     "{question}\nThink step by step and end with 'The answer is N'.",
@@ -31,7 +40,7 @@ class Problem:
     Attributes:
         id: unique in its source.
         question: as it is put to the model.
-        reference: the right answer.
+        reference: the right answer; empty where the source gives none, because many answers are right.
         grade: whether a branch's whole text answers it rightly, by the source's own grader.
     """
 
@@ -51,6 +60,7 @@ def load_problems(source: str, count: int, seed: int = 0) -> list[Problem]:
 
     Raises:
         OptionError: no such source, or more problems than it has.
+        RkscError: the source's package is not installed.
     """
     if count < 1:
         raise OptionError(f"problems: must be at least 1, got {count}")
@@ -82,22 +92,42 @@ def _reasoning_gym(task: str, count: int, seed: int) -> list[Problem]:
     gym = _package("reasoning_gym")
     tasks = sorted(_package("reasoning_gym.factory").DATASETS)
     if task not in tasks:
-        raise OptionError(f"source: reasoning-gym has no task {task!r}; some of its tasks: {', '.join(tasks[:12])} ...")
-    dataset = gym.create_dataset(task, size=count, seed=seed)
+        near = ", ".join(difflib.get_close_matches(task, tasks, n=8) or tasks[:8])
+        raise OptionError(f"source: reasoning-gym has no task {task!r}; {len(tasks)} others, such as {near}")
+    try:
+        dataset = gym.create_dataset(task, size=count, seed=seed)
+    except AssertionError as error:
+        raise OptionError(f"source: reasoning-gym's {task!r} needs more than a size and a seed: {error}") from error
 
     def grader(entry: dict[str, Any]) -> Callable[[str], bool]:
-        from rksc_sgl.frontend.answers import extract_answer
-
-        def grade(text: str) -> bool:
-            answer = extract_answer(text)
-            return answer is not None and dataset.score_answer(answer, entry) >= 0.99
-
-        return grade
+        return lambda text: any(_is_right(dataset, entry, answer) for answer in _readings(text))
 
     return [
-        Problem(f"{task}-{seed}-{index}", entry["question"], str(entry["answer"]), grader(entry))
+        Problem(f"{task}-{seed}-{index}", entry["question"], entry["answer"] or "", grader(entry))
         for index, entry in enumerate(dataset)
     ]
+
+
+def _readings(text: str) -> list[str]:
+    """What a verifier may take as the text's answer.
+
+    Its statement in its own spelling, or the whole text where it states nothing; and its number without the words
+    around it. Words are never given in normal form: case can be what a task asks for.
+    """
+    from rksc_sgl.frontend.answers import extract_answer, stated_answer  # its package loads SGLang
+
+    stated, extracted = stated_answer(text), extract_answer(text)
+    readings = [text.strip() if stated is None else stated]
+    if extracted is not None and any(character.isdigit() for character in extracted):
+        readings.append(extracted)
+    return [reading for reading in readings if reading]
+
+
+def _is_right(dataset: Any, entry: dict[str, Any], answer: str) -> bool:
+    try:
+        return bool(dataset.score_answer(answer, entry) >= FULL_SCORE)
+    except UNREADABLE:
+        return False  # some verifiers parse without asking first
 
 
 def _package(name: str) -> Any:

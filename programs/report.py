@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from programs.problems import Problem
 from rksc_sgl.frontend import BranchGroup, Verdict
@@ -103,23 +104,27 @@ def table(rows: Sequence[Row]) -> Table:
     for heading in ("prompt", "cached", "new", "verify"):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        question = " ".join(row.question.split())
-        if row.error is not None:
-            result.add_row(row.problem, question, "", "", "error", row.error)
-            continue
-        result.add_row(
-            row.problem,
-            question,
-            " ".join(answer if answer is not None else "-" for answer in row.answers),
-            row.chosen or "-",
-            "yes" if row.correct else "no",
-            f"skipped: {row.reason}" if row.verify_skipped else "done",
-            str(row.prompt_tokens),
-            str(row.cached_tokens),
-            str(row.completion_tokens),
-            str(row.verify_new_tokens),
-        )
+        # as Text: brackets in questions and answers are theirs, not markup
+        result.add_row(*(Text(cell) for cell in _cells(row)))
     return result
+
+
+def _cells(row: Row) -> list[str]:
+    question = " ".join(row.question.split())
+    if row.error is not None:
+        return [row.problem, question, "", "", "error", row.error]
+    return [
+        row.problem,
+        question,
+        " ".join(answer if answer is not None else "-" for answer in row.answers),
+        row.chosen or "-",
+        "yes" if row.correct else "no",
+        f"skipped: {row.reason}" if row.verify_skipped else "done",
+        str(row.prompt_tokens),
+        str(row.cached_tokens),
+        str(row.completion_tokens),
+        str(row.verify_new_tokens),
+    ]
 
 
 def finish(rows: Sequence[Row], result: dict[str, Any], json_path: Path | None) -> None:
@@ -131,6 +136,6 @@ def finish(rows: Sequence[Row], result: dict[str, Any], json_path: Path | None) 
         style="dim",
     )
     line = json.dumps(result)
+    print(line, flush=True)  # first, so that a path that cannot be written costs nothing
     if json_path is not None:
         json_path.write_text(line + "\n")
-    print(line, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -9,6 +10,8 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from rksc_sgl.cpu_platform import attention
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULT_MEM_FRACTION = 0.6  # of the machine's memory, for weights and KV; KV pages cost memory once written
@@ -36,6 +39,8 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         for name, value in defaults.items():
             if getattr(server_args, name) in (None, "auto"):
                 setattr(server_args, name, value)
+        # An idle scheduler that polls takes a core from those that work: clients, the tokenizer, other servers.
+        server_args.sleep_on_idle = True
         # SGLang has filled this in for every CPU by now (intel_amx, or torch_native on Arm): ask what was given.
         if (getattr(server_args, "_raw_input", None) or {}).get("attention_backend") is None:
             server_args.attention_backend = attention.BACKEND_NAME
@@ -53,6 +58,11 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
 
         return LazyMHATokenToKVPool
+
+    def post_load_model(self, model: Any) -> None:
+        from rksc_sgl.cpu_platform.narrow_linear import use_narrow_linear
+
+        logger.info("%d linear layers read their weights at memory speed for few rows", use_narrow_linear(model))
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

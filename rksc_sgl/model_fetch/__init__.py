@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from rksc_sgl.errors import ModelFetchError
 from rksc_sgl.model_fetch.catalogue import CATALOGUE, DEFAULT_MODEL, EmbeddedModel, embedded_model
+from rksc_sgl.model_fetch.progress import Progress, reporting
 
 CACHE_VARIABLE = "RKSC_CACHE_DIR"
-_COMPLETE = ".complete"  # written last; holds the digest of the weights that the directory was made from
-Progress = Callable[[str, float], None]
+_COMPLETE = ".complete"  # written last; holds what the directory was made from
+_CONVERSION = 2  # raised when the same weights are converted to something else; older directories are made anew
 
 __all__ = [
     "CATALOGUE",
     "DEFAULT_MODEL",
     "EmbeddedModel",
+    "Progress",
     "cache_directory",
     "fetch",
     "is_embedded",
@@ -41,52 +43,72 @@ def is_embedded(name: str) -> bool:
     return name in CATALOGUE
 
 
-def model_path(name: str = DEFAULT_MODEL) -> Path:
+def model_path(name: str = DEFAULT_MODEL, *, cache_dir: Path | None = None) -> Path:
     """The directory of a model that was fetched.
+
+    Args:
+        name: a name of :data:`CATALOGUE`.
+        cache_dir: where to look instead of :func:`cache_directory`.
 
     Raises:
         ModelFetchError: it was not, or not completely.
     """
     model = embedded_model(name)
-    target = _target(model)
+    target = _target(model, cache_dir)
     if not _is_complete(target, model):
         raise ModelFetchError(f"{name} is not at {target}; mend: rksc model fetch {name}")
     return target
 
 
-def fetch(name: str = DEFAULT_MODEL, *, force: bool = False, progress: Progress = lambda stage, fraction: None) -> Path:
+def fetch(
+    name: str = DEFAULT_MODEL,
+    *,
+    cache_dir: Path | None = None,
+    force: bool = False,
+    progress: Progress | bool = True,
+) -> Path:
     """The directory of an embedded model; downloaded and converted if it is not there yet.
 
     The directory appears complete or not at all, also when this is killed or runs twice at once.
 
     Args:
         name: a name of :data:`CATALOGUE`.
+        cache_dir: where to keep it instead of in :func:`cache_directory`.
         force: make it anew.
-        progress: called with what is being done and the fraction of it that is done.
+        progress: whether to show on stderr what is being done, or a function to call with it instead.
 
     Raises:
-        ModelFetchError: no such model, or it could not be downloaded, verified or converted.
+        ModelFetchError: no such model, or it could not be downloaded, verified, converted or written.
     """
     model = embedded_model(name)
-    target = _target(model)
+    target = _target(model, cache_dir)
     if _is_complete(target, model) and not force:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{name}.lock")):
-        if _is_complete(target, model) and not force:  # another process made it while we waited
-            return target
-        _remove_leftovers(target)
-        with _workplace(target) as workplace:
-            _make(model, workplace, progress)
-            if target.exists():
-                target.rename(workplace / "old")
-            (workplace / "model").rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with reporting(progress) as report, _lock(target, report):
+            if force or not _is_complete(target, model):  # another process may have made it while we waited
+                _replace(target, model, report)
+    except OSError as error:
+        raise ModelFetchError(
+            f"{name} could not be written: {error}; {CACHE_VARIABLE} names another directory to keep it in"
+        ) from error
     return target
 
 
-def resolve_model(name_or_path: str, progress: Progress = lambda stage, fraction: None) -> str:
+def resolve_model(name_or_path: str, progress: Progress | bool = True) -> str:
     """The path of an embedded model, fetched if need be; anything else as it is, for SGLang to resolve."""
     return str(fetch(name_or_path, progress=progress)) if is_embedded(name_or_path) else name_or_path
+
+
+def _replace(target: Path, model: EmbeddedModel, progress: Progress) -> None:
+    """Make the model and put it in place; call it with the lock held."""
+    _remove_leftovers(target)
+    with _workplace(target) as workplace:
+        _make(model, workplace, progress)
+        if target.exists():
+            target.rename(workplace / "old")
+        (workplace / "model").rename(target)
 
 
 def _make(model: EmbeddedModel, workplace: Path, progress: Progress) -> None:
@@ -98,16 +120,36 @@ def _make(model: EmbeddedModel, workplace: Path, progress: Progress) -> None:
     made = workplace / "model"
     made.mkdir()
     convert(weights, made, lambda fraction: progress("converting to safetensors", fraction))
-    (made / _COMPLETE).write_text(model.gguf_sha256)
+    (made / _COMPLETE).write_text(origin(model))
 
 
-def _target(model: EmbeddedModel) -> Path:
-    return cache_directory() / "models" / model.name
+def origin(model: EmbeddedModel) -> str:
+    """What a complete directory says that it was made from: the weights, and our conversion of them."""
+    return f"{model.gguf_sha256} converted by rule {_CONVERSION}"
+
+
+def _target(model: EmbeddedModel, cache_dir: Path | None) -> Path:
+    return (cache_dir or cache_directory()) / "models" / model.name
 
 
 def _is_complete(target: Path, model: EmbeddedModel) -> bool:
     mark = target / _COMPLETE
-    return mark.is_file() and mark.read_text() == model.gguf_sha256
+    return mark.is_file() and mark.read_text() == origin(model)
+
+
+@contextmanager
+def _lock(target: Path, progress: Progress) -> Iterator[None]:
+    """One fetch of a model at a time; the system frees it when its holder ends, however it ends."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(f"waiting for another fetch of {target.name}", 0.0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

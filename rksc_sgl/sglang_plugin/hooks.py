@@ -12,6 +12,8 @@ import logging
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from rksc_sgl.cpu_platform import paging, warm_fork
@@ -162,7 +164,7 @@ def arm(hooks: Iterable[Hook]) -> None:
     global _armed
     _armed = tuple(hooks)
     for hook in _armed:
-        when_imported(hook.module, lambda _module, hook=hook: _apply(hook))
+        when_imported(hook.module, partial(_apply, hook))
     when_imported(_HTTP, routes.add_routes)
 
 
@@ -190,7 +192,7 @@ def states() -> list[HookState]:
     return result
 
 
-def _apply(hook: Hook) -> None:
+def _apply(hook: Hook, module: ModuleType) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     problem = problem_of(hook)

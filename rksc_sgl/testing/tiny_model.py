@@ -11,6 +11,8 @@ from rksc_sgl.errors import OptionError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
 VOCABULARY = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SMALLEST_VOCABULARY = 256 + len(SPECIAL)  # every byte has a token
+SMALLEST_HEAD = 16  # attention kernels take no smaller heads
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -24,7 +26,9 @@ _CORPUS = (
 
 
 def write_tiny_model(path: Path, architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
-    """Write a model directory; the same arguments give the same weights.
+    """Write a model directory; the same arguments give the same files.
+
+    The random state of the caller is left as it was.
 
     Args:
         path: made if it is not there.
@@ -36,7 +40,7 @@ def write_tiny_model(path: Path, architecture: str = "llama", *, seed: int = 0, 
         ``path``.
 
     Raises:
-        OptionError: an architecture that we do not make.
+        OptionError: an architecture that we do not make, a vocabulary without every byte, or heads too small.
     """
     if architecture not in ARCHITECTURES:
         raise OptionError(f"architecture: must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
@@ -60,23 +64,32 @@ def write_tiny_model(path: Path, architecture: str = "llama", *, seed: int = 0, 
     }
     if architecture == "gemma2":
         shape |= {"query_pre_attn_scalar": 16, "sliding_window": 64}
-    config = getattr(transformers, f"{names[architecture]}Config")(**{**shape, **overrides})
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{names[architecture]}ForCausalLM")(config).float().eval()
+    shape |= overrides
+    _at_least("vocab_size", shape["vocab_size"], SMALLEST_VOCABULARY)
+    _at_least("head_dim", shape["head_dim"], SMALLEST_HEAD)
+    config = getattr(transformers, f"{names[architecture]}Config")(**shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{names[architecture]}ForCausalLM")(config).float().eval()
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    _write_tokenizer(path, shape["vocab_size"], shape["max_position_embeddings"])
     return path
 
 
-def _write_tokenizer(path: Path) -> None:
+def _at_least(name: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise OptionError(f"{name}: must be at least {smallest}, got {value}")
+
+
+def _write_tokenizer(path: Path, vocabulary: int, positions: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -89,6 +102,6 @@ def _write_tokenizer(path: Path) -> None:
         "pad_token": "<|endoftext|>",
         "chat_template": _CHATML,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
+        "model_max_length": positions,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

