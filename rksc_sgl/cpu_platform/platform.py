@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -13,6 +14,7 @@ from rksc_sgl.cpu_platform import attention
 
 logger = logging.getLogger(__name__)
 
+_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULT_MEM_FRACTION = 0.6  # of the machine's memory, for weights and KV; KV pages cost memory once written
 DEFAULT_CHUNKED_PREFILL = 2048
@@ -41,6 +43,9 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
                 setattr(server_args, name, value)
         # An idle scheduler that polls takes a core from those that work: clients, the tokenizer, other servers.
         server_args.sleep_on_idle = True
+        ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
+        if ranks > 1 and not os.environ.get(_BINDING):
+            os.environ[_BINDING] = cores_of_ranks(sorted(_usable_cores()), ranks)
         # SGLang has filled this in for every CPU by now (intel_amx, or torch_native on Arm): ask what was given.
         if (getattr(server_args, "_raw_input", None) or {}).get("attention_backend") is None:
             server_args.attention_backend = attention.BACKEND_NAME
@@ -71,3 +76,20 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         import torch
 
         return torch.profiler.ProfilerActivity.CPU
+
+
+def cores_of_ranks(cores: list[int], ranks: int) -> str:
+    """The cores that each rank works on, as SGLang wants them in an environment variable: ``0,1|2,3``.
+
+    SGLang itself gives each rank a NUMA node and refuses more ranks than nodes. Here the cores are dealt out in
+    equal parts; with more ranks than cores, ranks share them.
+    """
+    share = max(1, len(cores) // ranks)
+    parts = [[cores[(rank * share + place) % len(cores)] for place in range(share)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def _usable_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

@@ -16,7 +16,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from rksc_sgl.cpu_platform import paging, warm_fork
+from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
 from rksc_sgl.sglang_plugin import admission, report, routes
 
@@ -133,7 +133,7 @@ HOOKS: tuple[Hook, ...] = (
         target=f"{_ALLOCATION}.get_last_loc",
         module=_ALLOCATION,
         kind="around",
-        function=paging.last_slots,
+        function=without_triton.last_slots,
         parameters=("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor"),
         process="scheduler",
         why="page sizes above 1 on a CPU, where there is no Triton",

@@ -63,7 +63,7 @@ def write_tiny_model(path: Path, architecture: str = "llama", *, seed: int = 0, 
         "initializer_range": 0.2,
     }
     if architecture == "gemma2":
-        shape |= {"query_pre_attn_scalar": 16, "sliding_window": 64}
+        shape |= {"query_pre_attn_scalar": 16, "sliding_window": 64, "hidden_act": "gelu_pytorch_tanh"}
     shape |= overrides
     _at_least("vocab_size", shape["vocab_size"], SMALLEST_VOCABULARY)
     _at_least("head_dim", shape["head_dim"], SMALLEST_HEAD)

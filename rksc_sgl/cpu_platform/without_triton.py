@@ -1,8 +1,11 @@
-"""Paged allocation on a CPU."""
+"""Places where SGLang would launch a Triton kernel on a CPU, because it does not know our platform for one."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from rksc_sgl.on_import import when_imported
 
 if TYPE_CHECKING:
     import torch
@@ -23,3 +26,16 @@ def last_slots(
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
     return get_last_loc_torch(req_to_token, req_pool_indices_tensor, prefix_lens_tensor)
+
+
+def arm() -> None:
+    """Let the logits processor take its CPU branches (soft caps of Gemma 2 and others) on our platform."""
+    when_imported("sglang.srt.layers.logits_processor", _take_cpu_branches)
+
+
+def _take_cpu_branches(logits_processor: ModuleType) -> None:
+    from sglang.srt.platforms import current_platform
+
+    if type(current_platform).__module__.startswith("rksc_sgl."):
+        assert logits_processor._is_cpu is False, "sglang.srt.layers.logits_processor._is_cpu has changed its meaning"
+        logits_processor._is_cpu = True
