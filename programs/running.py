@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def run(program: str, solve: Solve, arguments: argparse.Namespace) -> int:
 
     A problem that fails is a row with its error; a server that went away ends the run.
     """
+    # A branch that fails is reported in its verdict; SGLang prints a traceback of each as well.
+    warnings.filterwarnings("ignore", message="Error in stream_executor")
     try:
         problems = load_problems(arguments.source, arguments.problems, arguments.seed)
         with endpoint_of(arguments) as endpoint:

@@ -27,7 +27,7 @@ import psutil
 from rksc_sgl.errors import RkscError, ServerUnreachableError
 from rksc_sgl.parent_death import end_with_parent
 
-STOP_GRACE_S = 10.0
+STOP_GRACE_S = 2.0  # SGLang looks for a signal only every five seconds; nothing of it needs an orderly end
 START_TIMEOUT_S = 300.0
 _TAIL_LINES = 200
 

@@ -22,7 +22,7 @@ def family(pid: int) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
-def all_gone(processes: list[psutil.Process], seconds: float = 20.0) -> bool:
+def all_gone(processes: list[psutil.Process], seconds: float = 45.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         alive = [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
@@ -78,7 +78,9 @@ def test_a_program_whose_server_is_killed_says_so_in_seconds(embedded_model: Pat
         _, complaint = program.communicate(timeout=60)
         assert time.monotonic() - began < 20
         assert program.returncode == 1
-        assert "cannot be reached or went away" in complaint.splitlines()[-1]
+        assert "self_consistency: the SGLang server at" in complaint
+        assert "cannot be reached or went away" in complaint
+        assert "Traceback" not in complaint
         assert all_gone(members)
 
 

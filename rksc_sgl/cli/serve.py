@@ -11,11 +11,12 @@ import typer
 
 from rksc_sgl.errors import RkscError
 from rksc_sgl.model_fetch import resolve_model
-from rksc_sgl.server_process import ServerProcess, argument, port_is_free
+from rksc_sgl.server_process import STOP_GRACE_S, ServerProcess, argument, port_is_free
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
+DRAIN_S = 30.0  # after SIGTERM, SGLang finishes what it has begun
 _MODEL_FLAGS = ("--model-path", "--model")
 
 HELP = """Usage: rksc serve --model-path MODEL [any SGLang server flag]
@@ -30,7 +31,7 @@ SGLang's own server with the radix backend `rksc` selected. MODEL is an embedded
   --sglang-help          every flag of SGLang's server
   --help                 this text
 
-Ctrl-C ends the server and all of its processes."""
+Ctrl-C ends the server and all of its processes at once; SIGTERM lets it finish what it has begun, for 30 s."""
 
 
 def serve(context: typer.Context) -> None:
@@ -59,7 +60,11 @@ def run(args: list[str]) -> int:
         raise RkscError(f"port {port} on {host} is taken; end what listens there or choose another with --port")
     server = ServerProcess(server_arguments(args), host=host, port=port, log=sys.stderr)
 
+    grace = STOP_GRACE_S
+
     def end(signum: int, frame: FrameType | None) -> None:
+        nonlocal grace
+        grace = DRAIN_S
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
@@ -77,7 +82,7 @@ def run(args: list[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        server.stop()
+        server.stop(grace)
 
 
 def server_arguments(args: list[str]) -> list[str]:

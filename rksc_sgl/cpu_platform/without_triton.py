@@ -38,4 +38,4 @@ def _take_cpu_branches(logits_processor: ModuleType) -> None:
 
     if type(current_platform).__module__.startswith("rksc_sgl."):
         assert logits_processor._is_cpu is False, "sglang.srt.layers.logits_processor._is_cpu has changed its meaning"
-        logits_processor._is_cpu = True
+        logits_processor._is_cpu = True  # type: ignore[attr-defined]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import uuid
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup, StreamExecutor
-from sglang.lang.ir import SglCommitLazy, SglExpr
+from sglang.lang.ir import SglCommitLazy, SglConstantText, SglExpr
+from sglang.lang.tracer import TracerProgramState
 
 from rksc_sgl.errors import OptionError, RkscError, ServerError
 from rksc_sgl.frontend.endpoint import BranchEndpoint, Endpoint, RkscDegradedWarning
@@ -38,6 +40,22 @@ class BranchExecutor(StreamExecutor):
             while self.queue.unfinished_tasks and self.worker.is_alive():
                 self.queue.all_tasks_done.wait(0.2)
 
+    def end_with(self, parent: StreamExecutor) -> None:
+        """End this executor's worker, after what it still has to do, when the parent's program ends.
+
+        SGLang ends a program's own executor and leaves those of its forks to the garbage collector; where an
+        error keeps them alive, their threads would keep the whole process from ending.
+        """
+        end_parent, this = parent.end, weakref.ref(self)
+
+        def end() -> None:
+            end_parent()
+            branch = this()
+            if branch is not None:
+                branch.end()
+
+        parent.end = end
+
 
 class BranchGroup(ProgramStateGroup):
     """The branches of one fork; behaves like SGLang's own group.
@@ -52,6 +70,9 @@ class BranchGroup(ProgramStateGroup):
 
     def __len__(self) -> int:
         return len(self.states)
+
+    def __iadd__(self, other: Any) -> BranchGroup:
+        return super().__iadd__(SglConstantText(other) if isinstance(other, str) else other)
 
     def verify_gated(self, var: str, **options: Any) -> Any:
         """See :func:`rksc_sgl.verify_gated`."""
@@ -87,6 +108,8 @@ def fork_similar(
         OptionError: ``branches`` is empty, not positive, or of the wrong type; ``share`` is unknown.
         ServerError: the shared prefix could not be computed.
     """
+    if isinstance(s, TracerProgramState):
+        return s.fork(1)  # SGLang looks for the prefix that a batch of programs shares; it ends here
     appended = _appended(branches)
     size = len(appended)
     parent = s.stream_executor
@@ -167,6 +190,7 @@ def _branch_executor(parent: StreamExecutor, backend: Any) -> BranchExecutor:
     executor.cur_role_begin_pos = parent.cur_role_begin_pos
     executor.fork_start_text_pos = len(parent.text_)
     executor.images_ = list(parent.images_)
+    executor.end_with(parent)
     return executor
 
 
