@@ -69,7 +69,7 @@ def run(program: str, solve: Solve, arguments: argparse.Namespace) -> int:
             wall_s = time.perf_counter() - began
             finish(
                 rows,
-                summary(program, endpoint.get_model_name(), rows, arguments.branches, wall_s),
+                summary(program, endpoint.model_info["served_model_name"], rows, arguments.branches, wall_s),
                 arguments.json,
             )
     except RkscError as error:

@@ -92,21 +92,29 @@ class ServerProcess:
 
     def launch(self) -> None:
         """Start the process; it is not ready yet."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        # Without cached bytecode every one of SGLang's processes compiles some thousand modules anew.
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rksc_sgl.server_process", str(os.getpid()), *self.args],
+            self.command(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,
-            env=environment,
+            env=self.environment(),
         )
         self._reader = threading.Thread(target=self._read_output, daemon=True)
         self._reader.start()
+
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, "-m", "rksc_sgl.server_process", str(os.getpid()), *self.args]
+
+    def environment(self) -> dict[str, str]:
+        """What it is run in."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # Without cached bytecode every one of SGLang's processes compiles some thousand modules anew.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        return environment
 
     def start(self, timeout: float = START_TIMEOUT_S) -> None:
         """Start the process and wait until it answers.

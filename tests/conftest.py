@@ -35,7 +35,7 @@ def embedded_model() -> Path:
 @pytest.fixture(scope="session")
 def smollm_server(embedded_model: Path) -> Iterator[ServerProcess]:
     """The embedded model, for what needs meaning."""
-    arguments = server_arguments(["--model-path", str(embedded_model), "--max-total-tokens", "40000"])
+    arguments = server_arguments(["--model-path", DEFAULT_MODEL, "--max-total-tokens", "40000"])
     with ServerProcess(arguments) as server:
         yield server
 

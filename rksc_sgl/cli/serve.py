@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from rksc_sgl.errors import RkscError
-from rksc_sgl.model_fetch import resolve_model
+from rksc_sgl.model_fetch import is_embedded, resolve_model
 from rksc_sgl.server_process import STOP_GRACE_S, ServerProcess, argument, port_is_free
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -95,6 +95,8 @@ def server_arguments(args: list[str]) -> list[str]:
     if model is None:
         raise RkscError("--model-path: name a model, for example --model-path smollm2-135m-instruct")
     result = ["--model-path", resolve_model(model), *_without(args, *_MODEL_FLAGS, "--host", "--port")]
+    if is_embedded(model) and argument(args, "--served-model-name") is None:
+        result += ["--served-model-name", model]
     if argument(args, "--radix-cache-backend") is None and "--disable-radix-cache" not in args:
         result += ["--radix-cache-backend", "rksc"]
     return result

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cpu_decode
+from benchmarks.cpu_decode import BASELINE, OURS, Cell, Outcome, Server
+from rksc_sgl.server_process import ServerProcess
+
+
+def test_shared_prompts_differ_in_their_last_token_only_and_others_from_the_first() -> None:
+    shared = Cell(4, 50, True).prompts(seed=1)
+    assert len({tuple(prompt[:-1]) for prompt in shared}) == 1
+    assert len({prompt[-1] for prompt in shared}) == 4
+    apart = Cell(4, 50, False).prompts(seed=1)
+    assert len({prompt[0] for prompt in apart}) == 4
+    assert {len(prompt) for prompt in shared + apart} == {50}
+
+
+def test_work_is_alternated_and_unequal_tokens_are_found() -> None:
+    order: list[str] = []
+
+    def work(server: str, seed: int) -> tuple[float, list[list[int]]]:
+        order.append(server)
+        return (2.0 if server == "a" else 1.0), [[seed if server == "a" else 0]]
+
+    outcome = cpu_decode.compare({BASELINE: "a", OURS: "b"}, work, 2)  # type: ignore[dict-item, arg-type]
+    assert order == ["a", "b", "b", "a"]
+    assert outcome == Outcome({BASELINE: 2.0, OURS: 1.0}, equal=False)
+    assert outcome.ratio == 2.0
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_measured_work_is_what_it_says(
+    tiny_server: ServerProcess, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.setattr(cpu_decode, "FIRST_WORD", 3)
+    monkeypatch.setattr(cpu_decode, "LAST_WORD", 300)
+    server = Server(tiny_server)
+    _, tokens = cpu_decode.decode_step(server, Cell(3, 40, True), 0)
+    assert [len(one) for one in tokens] == [cpu_decode.STEPS + 1] * 3
+    assert len(cpu_decode.prefill(server, 100, 0)[1]) == 1
+    assert len(cpu_decode.extend(server, 100, 0)[1]) == 1
+    whole = cpu_decode.bytes_of_step(str(tiny_model), Cell(2, 100, False))
+    assert whole - cpu_decode.bytes_of_step(str(tiny_model), Cell(2, 100, True)) == 100 * 2 * 2 * 2 * 16 * 4

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rksc_sgl import cpu_platform
+from rksc_sgl.cpu_platform import PLATFORM_CLASS, activate, warm_fork
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "environment", "expected"),
+    [
+        (None, {}, PLATFORM_CLASS),
+        ("cuda", {}, None),
+        ("cuda", {"SGLANG_PLATFORM": "rksc_cpu"}, PLATFORM_CLASS),
+        (None, {"SGLANG_USE_CPU_ENGINE": "1"}, None),
+    ],
+)
+def test_the_platform_answers_only_without_an_accelerator_or_when_named(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str | None, environment: dict[str, str], expected: str | None
+) -> None:
+    for name in ("SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpu_platform, "accelerator_present", lambda: accelerator)
+    assert activate() == expected
+
+
+def test_a_worker_takes_over_the_environment_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RKSC_TEST_OLD", "1")
+    sent = {**os.environ, "RKSC_TEST_NEW": "2"}
+    del sent["RKSC_TEST_OLD"]
+    monkeypatch.setattr(multiprocessing.current_process(), "environment", sent, raising=False)
+    before = dict(os.environ)
+    try:
+        warm_fork.adopt_environment()
+        assert dict(os.environ) == sent
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 32, 33, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_narrow_linear_is_linear(rows: int, biased: bool) -> None:
+    from rksc_sgl.cpu_platform.narrow_linear import narrow_linear
+
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 96), torch.randn(80, 96)
+    bias = torch.randn(80) if biased else None
+    result = narrow_linear(x, weight, bias)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+    stacked = x.view(1, rows, 96)
+    assert narrow_linear(stacked, weight, bias).shape == (1, rows, 80)
+    assert narrow_linear(x[:0], weight, bias).shape == (0, 80)
+
+
+@pytest.mark.slow
+def test_only_plain_float32_layers_are_changed() -> None:
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from rksc_sgl.cpu_platform.narrow_linear import NarrowLinearMethod, use_narrow_linear
+
+    def layer(dtype: torch.dtype, method: object) -> torch.nn.Linear:
+        made = torch.nn.Linear(4, 4, dtype=dtype)
+        made.quant_method = method  # type: ignore[assignment]
+        return made
+
+    plain = layer(torch.float32, UnquantizedLinearMethod())
+    half = layer(torch.bfloat16, UnquantizedLinearMethod())
+    other = layer(torch.float32, object())
+    changed = use_narrow_linear(torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)]))
+    assert changed == int(torch.backends.mkl.is_available())
+    assert isinstance(plain.quant_method, NarrowLinearMethod) == bool(changed)
+    assert type(half.quant_method) is UnquantizedLinearMethod
+    assert type(other.quant_method) is object
+
+
+@pytest.mark.slow
+def test_the_pool_is_zero_writable_and_costs_memory_only_where_it_is_written() -> None:
+    import psutil
+
+    from rksc_sgl.cpu_platform.kv_pool import _LazyZeros, mapped_zeros
+
+    before = psutil.Process().memory_info().rss
+    pool = mapped_zeros((1 << 20, 16, 16), torch.float32)  # 1 GiB
+    assert psutil.Process().memory_info().rss - before < 100 << 20
+    assert pool[12345].abs().sum() == 0
+    pool[7] = 3.0
+    assert pool[7].sum() == 3.0 * 256
+    assert pool[6].sum() == 0
+    assert mapped_zeros((0, 4), torch.float32).shape == (0, 4)
+    with _LazyZeros():
+        made = torch.zeros((3, 4), dtype=torch.int64, device="cpu")
+    assert torch.equal(made, torch.zeros(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"),
+    [([0, 1], 2, "0|1"), ([0, 1, 2, 3], 2, "0,1|2,3"), ([4, 5, 6], 2, "4|5"), ([0, 1], 3, "0|1|0")],
+)
+def test_ranks_share_the_cores_evenly(cores: list[int], ranks: int, expected: str) -> None:
+    from rksc_sgl.cpu_platform.platform import cores_of_ranks
+
+    assert cores_of_ranks(cores, ranks) == expected
