@@ -1,4 +1,7 @@
-"""The CPU platform's attention against SGLang's ``torch_native``, on whole model steps of two real servers.
+"""The CPU platform against SGLang's own arithmetic, on whole model steps of two real servers.
+
+The baseline is ``torch_native`` attention with SGLang's linear layers (``benchmarks.stock_server``). Both have our
+platform otherwise: an idle server that polls, as SGLang's does by default, would slow down the one that is measured.
 
 Both servers run the same model side by side; one works at a time, and which one begins alternates. For every cell
 the generated tokens are compared. A decode step's time is that of a long generation less that of a short one, so
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -68,6 +72,13 @@ class Outcome:
     @property
     def ratio(self) -> float:
         return self.seconds[BASELINE] / self.seconds[OURS]
+
+
+class StockArithmetic(ServerProcess):
+    """A server whose model is computed as SGLang alone computes it."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.stock_server", str(os.getpid()), *self.args]
 
 
 class Server:
@@ -178,7 +189,8 @@ def both_servers(model: str) -> Iterator[tuple[dict[str, Server], str]]:
         servers = {}
         arguments = server_arguments(["--model-path", model, "--max-total-tokens", "160000"])
         for name in (BASELINE, OURS):
-            process = stack.enter_context(ServerProcess([*arguments, "--attention-backend", name]))
+            kind = StockArithmetic if name == BASELINE else ServerProcess
+            process = stack.enter_context(kind([*arguments, "--attention-backend", name]))
             servers[name] = Server(process)
         yield servers, arguments[arguments.index("--model-path") + 1]
 
@@ -189,12 +201,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[256, 1331, 4096])
+    parser.add_argument("--all", action="store_true", help="also cells whose prefill alone takes many minutes")
     arguments = parser.parse_args(words)
     cells = [
         Cell(batch, prefix, shared)
         for prefix in arguments.prefixes
         for batch in arguments.batches
         for shared in ((True,) if batch == 1 else (True, False))
+        if shared or arguments.all or batch * prefix <= HEAVY
     ]
     for needed in (Cell(8, 1331, True), Cell(8, 1331, False), Cell(1, 1331, True)):
         if needed not in cells:

@@ -233,7 +233,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _serve(args: list[str]) -> None:
+def serve_here(args: list[str]) -> None:
     """SGLang's own server, with plugins loaded, in this process."""
     from rksc_sgl.cpu_platform import warm_fork
 
@@ -253,4 +253,4 @@ def _serve(args: list[str]) -> None:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
-    _serve(sys.argv[2:])
+    serve_here(sys.argv[2:])

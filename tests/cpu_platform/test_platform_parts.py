@@ -46,7 +46,7 @@ def test_a_worker_takes_over_the_environment_it_was_sent(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 10, 13, 16, 17, 32, 33, 100])
 @pytest.mark.parametrize("biased", [False, True])
 def test_narrow_linear_is_linear(rows: int, biased: bool) -> None:
     from rksc_sgl.cpu_platform.narrow_linear import narrow_linear
