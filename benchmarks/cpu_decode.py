@@ -1,5 +1,7 @@
 """The CPU platform against SGLang's own arithmetic, on whole model steps of two real servers.
 
+The noise printed beside each ratio is the baseline against itself: its slowest repeat over its fastest.
+
 The baseline is ``torch_native`` attention with SGLang's linear layers (``benchmarks.stock_server``). Both have our
 platform otherwise: an idle server that polls, as SGLang's does by default, would slow down the one that is measured.
 
@@ -64,9 +66,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of each server and whether their tokens were equal."""
+    """Seconds of each server and whether their tokens were equal.
+
+    Attributes:
+        seconds: median of each server's repeats.
+        noise: the baseline's slowest repeat over its fastest; 1 if there was one. No ratio below it means much.
+        equal: whether both gave the same tokens in every repeat.
+    """
 
     seconds: dict[str, float]
+    noise: float
     equal: bool
 
     @property
@@ -105,7 +114,7 @@ class Server:
         )
 
 
-def decode_step(server: Server, cell: Cell, seed: int) -> tuple[float, list[list[int]]]:
+def decode_step(cell: Cell, server: Server, seed: int) -> tuple[float, list[list[int]]]:
     """Seconds of one decode step with every prefix cached, and the tokens."""
     prompts = cell.prompts(seed)
     server.flush()
@@ -115,10 +124,6 @@ def decode_step(server: Server, cell: Cell, seed: int) -> tuple[float, list[list
     assert min(cached) >= cell.prefix - 1, f"prefixes were not cached: {cached}"
     long, tokens, _ = server.generate(prompts, cell.steps + 1)
     return (long - short) / cell.steps, tokens
-
-
-def _decode_cell(cell: Cell, server: Server, seed: int) -> tuple[float, list[list[int]]]:
-    return decode_step(server, cell, seed)
 
 
 def prefill(server: Server, length: int, seed: int) -> tuple[float, list[list[int]]]:
@@ -154,7 +159,8 @@ def compare(
             taken, tokens[name] = work(servers[name], repeat)
             seconds[name].append(taken)
         equal = equal and tokens[BASELINE] == tokens[OURS]
-    return Outcome({name: statistics.median(values) for name, values in seconds.items()}, equal)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return Outcome(medians, max(seconds[BASELINE]) / min(seconds[BASELINE]), equal)
 
 
 def read_bandwidth(repeats: int = 7) -> float:
@@ -218,7 +224,7 @@ def main(words: Sequence[str] | None = None) -> int:
         outcomes: dict[Cell, Outcome] = {}
         for cell in tqdm(cells, unit="cell", file=sys.stderr):
             repeats = 1 if cell.steps == HEAVY_STEPS else arguments.repeats
-            outcomes[cell] = compare(servers, partial(_decode_cell, cell), repeats)
+            outcomes[cell] = compare(servers, partial(decode_step, cell), repeats)
         cold = compare(servers, lambda server, seed: prefill(server, 1331, seed), arguments.repeats)
         short = compare(servers, lambda server, seed: extend(server, 1331, seed), arguments.repeats)
     Console(width=None if sys.stdout.isatty() else 110).print(_table(outcomes, cold, short))
@@ -231,6 +237,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "ratio_prefill_1331": round(cold.ratio, 2),
         "ratio_extend_8_on_1331": round(short.ratio, 2),
         "bandwidth_bound_fraction": round(bound / outcomes[main_cell].seconds[OURS], 3),
+        "noise": round(max(outcome.noise for outcome in (*outcomes.values(), cold, short)), 2),
         "tokens_equal": all(outcome.equal for outcome in (*outcomes.values(), cold, short)),
     }
     print(json.dumps(result), flush=True)
@@ -239,7 +246,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _table(outcomes: dict[Cell, Outcome], cold: Outcome, short: Outcome) -> Table:
     table = Table(title="milliseconds: a decode step, or a whole request")
-    for heading in ("work", BASELINE, OURS, "ratio", "tokens equal"):
+    for heading in ("work", BASELINE, OURS, "ratio", "noise", "tokens equal"):
         table.add_column(heading, justify="left" if heading == "work" else "right")
     rows = {
         **{
@@ -256,6 +263,7 @@ def _table(outcomes: dict[Cell, Outcome], cold: Outcome, short: Outcome) -> Tabl
             f"{outcome.seconds[BASELINE] * 1e3:.1f}",
             f"{outcome.seconds[OURS] * 1e3:.1f}",
             f"{outcome.ratio:.2f}",
+            f"{outcome.noise:.2f}",
             "yes" if outcome.equal else "no",
         )
     return table

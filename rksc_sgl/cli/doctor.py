@@ -111,14 +111,15 @@ def check_entry_point(group: str, name: str, value: str) -> Check:
 
 
 def check_platform() -> Check:
-    from rksc_sgl.cpu_platform import accelerator_present
+    from rksc_sgl.cpu_platform import accelerator_present, in_use
 
     try:
-        from sglang.srt.platforms import current_platform
+        ours = in_use()
     except (ImportError, RuntimeError, TypeError) as error:
         return Check("platform", False, f"SGLang finds none: {error}; mend: unset SGLANG_PLATFORM")
+    from sglang.srt.platforms import current_platform
+
     accelerator = accelerator_present()
-    ours = type(current_platform).__module__.startswith("rksc_sgl.")
     if accelerator is None and not ours:
         return Check(
             "platform",

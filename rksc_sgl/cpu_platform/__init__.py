@@ -34,3 +34,10 @@ def activate() -> str | None:
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return None if accelerator_present() else PLATFORM_CLASS
+
+
+def in_use() -> bool:
+    """Whether the platform that SGLang has chosen in this process is ours. Imports SGLang's platforms."""
+    from sglang.srt.platforms import current_platform
+
+    return type(current_platform).__module__.startswith("rksc_sgl.")

@@ -65,9 +65,9 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return LazyMHATokenToKVPool
 
     def post_load_model(self, model: Any) -> None:
-        from rksc_sgl.cpu_platform.narrow_linear import use_narrow_linear
+        from rksc_sgl.cpu_platform.packed_linear import use_packed_linear
 
-        logger.info("%d linear layers read their weights at memory speed for few rows", use_narrow_linear(model))
+        logger.info("%d linear layers work on packed weights", use_packed_linear(model))
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

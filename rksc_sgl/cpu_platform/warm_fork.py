@@ -20,6 +20,8 @@ import os
 import sys
 from typing import Any
 
+from rksc_sgl import cpu_platform
+
 logger = logging.getLogger(__name__)
 
 PRELOAD = "rksc_sgl.cpu_platform.preload"
@@ -53,9 +55,7 @@ def start() -> None:
 
 def use_for_workers(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER hook on SGLang's choice of how to start workers."""
-    from sglang.srt.platforms import current_platform
-
-    if not _started or not type(current_platform).__module__.startswith("rksc_sgl."):
+    if not _started or not cpu_platform.in_use():
         return
     multiprocessing.context._concrete_contexts[START_METHOD] = _WarmContext()  # type: ignore[attr-defined]
     multiprocessing.set_start_method(START_METHOD, force=True)

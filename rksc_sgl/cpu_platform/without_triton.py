@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rksc_sgl import cpu_platform
 from rksc_sgl.on_import import when_imported
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ def arm() -> None:
 
 
 def _take_cpu_branches(logits_processor: ModuleType) -> None:
-    from sglang.srt.platforms import current_platform
-
-    if type(current_platform).__module__.startswith("rksc_sgl."):
+    if cpu_platform.in_use():
         assert logits_processor._is_cpu is False, "sglang.srt.layers.logits_processor._is_cpu has changed its meaning"
         logits_processor._is_cpu = True  # type: ignore[attr-defined]

@@ -23,12 +23,12 @@ def test_work_is_alternated_and_unequal_tokens_are_found() -> None:
 
     def work(server: str, seed: int) -> tuple[float, list[list[int]]]:
         order.append(server)
-        return (2.0 if server == "a" else 1.0), [[seed if server == "a" else 0]]
+        return (2.0 + seed if server == "a" else 1.0), [[seed if server == "a" else 0]]
 
     outcome = cpu_decode.compare({BASELINE: "a", OURS: "b"}, work, 2)  # type: ignore[dict-item, arg-type]
     assert order == ["a", "b", "b", "a"]
-    assert outcome == Outcome({BASELINE: 2.0, OURS: 1.0}, equal=False)
-    assert outcome.ratio == 2.0
+    assert outcome == Outcome({BASELINE: 2.5, OURS: 1.0}, noise=1.5, equal=False)
+    assert outcome.ratio == 2.5
 
 
 @pytest.mark.server
@@ -39,7 +39,7 @@ def test_the_measured_work_is_what_it_says(
     monkeypatch.setattr(cpu_decode, "FIRST_WORD", 3)
     monkeypatch.setattr(cpu_decode, "LAST_WORD", 300)
     server = Server(tiny_server)
-    _, tokens = cpu_decode.decode_step(server, Cell(3, 40, True), 0)
+    _, tokens = cpu_decode.decode_step(Cell(3, 40, True), server, 0)
     assert [len(one) for one in tokens] == [cpu_decode.STEPS + 1] * 3
     assert len(cpu_decode.prefill(server, 100, 0)[1]) == 1
     assert len(cpu_decode.extend(server, 100, 0)[1]) == 1

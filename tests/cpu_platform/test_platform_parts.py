@@ -46,41 +46,66 @@ def test_a_worker_takes_over_the_environment_it_was_sent(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 10, 13, 16, 17, 32, 33, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 8, 13, 100])
 @pytest.mark.parametrize("biased", [False, True])
-def test_narrow_linear_is_linear(rows: int, biased: bool) -> None:
-    from rksc_sgl.cpu_platform.narrow_linear import narrow_linear
+def test_packed_linear_is_linear(rows: int, biased: bool) -> None:
+    from rksc_sgl.cpu_platform.packed_linear import pack, packed_linear
 
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96), torch.randn(80, 96)
     bias = torch.randn(80) if biased else None
-    result = narrow_linear(x, weight, bias)
+    packed = pack(weight)
+    result = packed_linear(x, packed, bias)
     assert result.is_contiguous()
     torch.testing.assert_close(result, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
-    stacked = x.view(1, rows, 96)
-    assert narrow_linear(stacked, weight, bias).shape == (1, rows, 80)
-    assert narrow_linear(x[:0], weight, bias).shape == (0, 80)
+    assert packed_linear(x.view(1, rows, 96), packed, bias).shape == (1, rows, 80)
 
 
-@pytest.mark.slow
-def test_only_plain_float32_layers_are_changed() -> None:
+def _layers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
-
-    from rksc_sgl.cpu_platform.narrow_linear import NarrowLinearMethod, use_narrow_linear
 
     def layer(dtype: torch.dtype, method: object) -> torch.nn.Linear:
         made = torch.nn.Linear(4, 4, dtype=dtype)
         made.quant_method = method  # type: ignore[assignment]
         return made
 
-    plain = layer(torch.float32, UnquantizedLinearMethod())
-    half = layer(torch.bfloat16, UnquantizedLinearMethod())
-    other = layer(torch.float32, object())
-    changed = use_narrow_linear(torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)]))
-    assert changed == int(torch.backends.mkl.is_available())
-    assert isinstance(plain.quant_method, NarrowLinearMethod) == bool(changed)
-    assert type(half.quant_method) is UnquantizedLinearMethod
+    return (
+        layer(torch.float32, UnquantizedLinearMethod()),
+        layer(torch.bfloat16, UnquantizedLinearMethod()),
+        layer(torch.float32, object()),
+    )
+
+
+@pytest.mark.slow
+def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> None:
+    from rksc_sgl.cpu_platform.packed_linear import PackedLinearMethod, repack, use_packed_linear
+
+    plain, half, other = _layers()
+    model = torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)])
+    assert use_packed_linear(model) == 1
+    assert isinstance(plain.quant_method, PackedLinearMethod)
+    assert not isinstance(half.quant_method, PackedLinearMethod)
     assert type(other.quant_method) is object
+    x = torch.randn(3, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))
+        plain.weight.data.copy_(torch.randn(4, 4))
+        assert repack(model) == 1
+        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))
+
+
+@pytest.mark.slow
+def test_layers_stay_as_they_are_where_copies_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from rksc_sgl.cpu_platform import packed_linear
+
+    monkeypatch.setattr(packed_linear, "_MEMORY_SHARE", 0.0)
+    plain, _, _ = _layers()
+    before = plain.quant_method
+    assert packed_linear.use_packed_linear(torch.nn.ModuleList([plain])) == 0
+    assert plain.quant_method is before
+    assert "packed copies would take" in caplog.text
 
 
 @pytest.mark.slow
