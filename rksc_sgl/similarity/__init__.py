@@ -1,0 +1,1 @@
+"""Which prefixes are alike, and whether they ask the same thing: alignment, similarity gate, content guard."""
