@@ -10,7 +10,8 @@
     │   └── ServerRefusedError       an answer with an error status
     ├── UnsupportedBackendError      the language backend cannot do what was asked
     ├── LabelError             verification labels that the tokenizer cannot tell apart
-    └── VerificationError      no branch could be verified
+    ├── VerificationError      no branch could be verified
+    └── ProfileError           a calibration profile is damaged, newer, of another model, or cannot certify a risk
 
 Messages say what was got and what would be right.
 """
@@ -60,3 +61,7 @@ class LabelError(RkscError, ValueError):
 
 class VerificationError(RkscError):
     """No branch could be verified."""
+
+
+class ProfileError(RkscError):
+    """A calibration profile cannot be read, is of another model or prompt, or cannot certify what was asked."""

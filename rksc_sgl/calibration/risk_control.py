@@ -1,0 +1,104 @@
+"""Learn-then-Test: which settings keep a risk below a bound, with a confidence that is chosen beforehand.
+
+Each candidate setting is a null hypothesis "its risk is above delta". A p-value is computed from losses on data that
+no choice was made on; settings are tested in an order fixed in advance, from the safest to the boldest, until the
+first that is not rejected. The chance that any rejected one has a risk above delta is then at most alpha.
+
+Source: Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then Test" (arXiv 2110.01052); the Hoeffding-Bentkus p-value
+is theirs too, after Bates et al., "Distribution-free, risk-controlling prediction sets" (arXiv 2101.02703).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from scipy import stats
+
+from rksc_sgl.errors import OptionError
+
+_ROUNDING = 1e-9  # a mean of losses times n is this close to the sum that it was made from
+
+
+def hoeffding_bentkus_p(mean_risk: float, n: int, delta: float) -> float:
+    """P-value of "the expected loss is above ``delta``" from ``n`` independent losses, each between 0 and 1.
+
+    Args:
+        mean_risk: the mean of the losses, 0 to 1.
+        n: how many there are.
+        delta: the bound, above 0 and below 1.
+
+    Raises:
+        OptionError: an argument is out of range; the message names it.
+    """
+    _check_count("n", n)
+    check_share("delta", delta)
+    if not 0.0 <= mean_risk <= 1.0:
+        raise OptionError(f"mean_risk: must be between 0 and 1, got {mean_risk!r}")
+    hoeffding = math.exp(-n * _relative_entropy(min(mean_risk, delta), delta))
+    bentkus = math.e * float(stats.binom.cdf(math.ceil(n * mean_risk - _ROUNDING), n, delta))
+    return min(1.0, hoeffding, bentkus)
+
+
+def clopper_pearson_p(errors: int, n: int, delta: float) -> float:
+    """P-value of "the error rate is above ``delta``" from ``n`` independent trials: P(X <= errors), X ~ Bin(n, delta).
+
+    Raises:
+        OptionError: an argument is out of range; the message names it.
+    """
+    _check_errors(errors, n)
+    check_share("delta", delta)
+    return float(stats.binom.cdf(errors, n, delta))
+
+
+def clopper_pearson_upper(errors: int, n: int, confidence: float = 0.95) -> float:
+    """The error rate that is not exceeded, with this confidence (one-sided), after ``errors`` in ``n`` trials.
+
+    Raises:
+        OptionError: an argument is out of range; the message names it.
+    """
+    _check_errors(errors, n)
+    check_share("confidence", confidence)
+    return 1.0 if errors == n else float(stats.beta.ppf(confidence, errors + 1, n - errors))
+
+
+def fixed_sequence(p_values: Iterable[float], alpha: float) -> int:
+    """How many hypotheses are rejected, in the order given, before the first that is not (``p > alpha`` or NaN).
+
+    Raises:
+        OptionError: alpha is not between 0 and 1.
+    """
+    check_share("alpha", alpha)
+    rejected = 0
+    for p_value in p_values:
+        if not p_value <= alpha:
+            break
+        rejected += 1
+    return rejected
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is not strictly between 0 and 1.
+
+    Raises:
+        OptionError: naming the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise OptionError(f"{name}: must be above 0 and below 1, got {value!r}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise OptionError(f"{name}: must be at least 1, got {value!r}")
+
+
+def _check_errors(errors: int, n: int) -> None:
+    _check_count("n", n)
+    if not 0 <= errors <= n:
+        raise OptionError(f"errors: must be 0 to n = {n}, got {errors!r}")
+
+
+def _relative_entropy(a: float, b: float) -> float:
+    """KL(Bernoulli(a) || Bernoulli(b)) in nats, for 0 <= a <= b < 1."""
+    first = a * math.log(a / b) if a > 0.0 else 0.0
+    return first + (1.0 - a) * math.log((1.0 - a) / (1.0 - b))
