@@ -11,6 +11,7 @@
     ├── UnsupportedBackendError      the language backend cannot do what was asked
     ├── LabelError             verification labels that the tokenizer cannot tell apart
     ├── VerificationError      no branch could be verified
+    ├── RotationError          cached keys cannot be moved to another position
     └── ProfileError           a calibration profile is damaged, newer, of another model, or cannot certify a risk
 
 Messages say what was got and what would be right.
@@ -61,6 +62,10 @@ class LabelError(RkscError, ValueError):
 
 class VerificationError(RkscError):
     """No branch could be verified."""
+
+
+class RotationError(RkscError):
+    """Keys cannot be re-rotated: not those of this model, or not to this position."""
 
 
 class ProfileError(RkscError):

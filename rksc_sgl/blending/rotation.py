@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from rksc_sgl.errors import RkscError
+from rksc_sgl.errors import RotationError
 
 ACCEPTED = (
     "RotaryEmbedding",
@@ -58,10 +58,6 @@ USES_ROTARY: dict[str, Callable[[Any], bool]] = {
 }
 # attention classes whose cached keys are not simply rotated ones
 NOT_ROTATED_LAST = {"HunYuanAttention": "it normalizes keys with weights after their rotation"}
-
-
-class RotationError(RkscError):
-    """Keys cannot be re-rotated: not those of this model, or not to this position."""
 
 
 @dataclass(frozen=True)
