@@ -5,7 +5,7 @@ through MKL at a fraction of the memory's bandwidth when ``x`` has few rows. one
 the weight in blocks of its own choice nearly as fast as it can be read, and is as fast as MKL for many rows.
 
 The copy costs as much memory as the weights. The weights themselves stay: embeddings are looked up in them, weight
-updates are written to them, and after an update they are packed anew (``weight_updates``).
+updates are written to them, and SGLang's own step after loading packs them anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
 logger = logging.getLogger(__name__)
@@ -45,23 +44,24 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-class PackedLinearMethod(UnquantizedLinearMethod):
+class _Packed:
+    """A packed copy of a layer's weight, made anew whenever SGLang has loaded weights: at start and in every update."""
+
+    packed: torch.Tensor
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.packed = pack(layer.weight)
+
+
+class PackedLinearMethod(_Packed, UnquantizedLinearMethod):
     """SGLang's unquantized linear layer on a packed weight."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.packed = pack(weight)
-
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return packed_linear(x, self.packed, bias) if x.dtype == torch.float32 else F.linear(x, layer.weight, bias)
+        return packed_linear(x, self.packed, bias)
 
 
-class PackedEmbeddingMethod(UnquantizedEmbeddingMethod):
+class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):
     """The same for the language-model head, which may share its weight with the embedding."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.packed = pack(weight)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return packed_linear(x.to(torch.float32), self.packed, bias)
@@ -91,19 +91,10 @@ def use_packed_linear(model: torch.nn.Module) -> int:
         )
         return 0
     for module in layers:
-        module.quant_method = _METHODS[type(module.quant_method)](module.weight)
+        method = _METHODS[type(module.quant_method)]()
+        method.process_weights_after_loading(module)
+        module.quant_method = method
     return len(layers)
-
-
-def repack(model: torch.nn.Module) -> int:
-    """Pack anew the weights of the layers that :func:`use_packed_linear` changed; their number."""
-    changed = 0
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, (PackedLinearMethod, PackedEmbeddingMethod)):
-            method.packed = pack(module.weight)
-            changed += 1
-    return changed
 
 
 def _can_be_packed(module: torch.nn.Module) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from rksc_sgl.cpu_platform import warm_fork, weight_updates, without_triton
+from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
 from rksc_sgl.sglang_plugin import admission, report, routes
 
@@ -54,7 +54,6 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine"
-_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
 HOOKS: tuple[Hook, ...] = (
@@ -138,18 +137,6 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor"),
         process="scheduler",
         why="page sizes above 1 on a CPU, where there is no Triton",
-    ),
-    *(
-        Hook(
-            target=f"{_WEIGHTS}.SchedulerWeightUpdaterManager.update_weights_from_{source}",
-            module=_WEIGHTS,
-            kind="after",
-            function=weight_updates.repack,
-            parameters=("self", "recv_req"),
-            process="scheduler",
-            why="CPU platform: packed copies of the weights follow an update",
-        )
-        for source in ("disk", "distributed", "tensor", "ipc")
     ),
 )
 

@@ -52,6 +52,27 @@ def test_a_prompt_of_several_chunks_gives_the_tokens_of_transformers(
     assert answer["output_ids"] == transformers_greedy(tiny_model, LONG, 12)
 
 
+def test_the_tokens_after_a_weight_update_are_those_of_the_new_weights(
+    tiny_server: ServerProcess, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=7)
+    before = transformers_greedy(tiny_model, LONG, 12)
+    after = transformers_greedy(other, LONG, 12)
+    assert before != after
+    try:
+        update_weights(tiny_server, other)
+        assert generate(tiny_server, LONG, 12)["output_ids"] == after
+    finally:
+        update_weights(tiny_server, tiny_model)
+    assert generate(tiny_server, LONG, 12)["output_ids"] == before
+
+
+def update_weights(server: ServerProcess, path: Path) -> None:
+    body = {"model_path": str(path), "flush_cache": True}
+    answer = httpx.post(f"{server.url}/update_weights_from_disk", json=body, timeout=120.0)
+    assert answer.json()["success"], answer.text
+
+
 def test_logprobs_are_those_of_transformers(tiny_server: ServerProcess, tiny_model: Path) -> None:
     answer = generate(tiny_server, LONG[:40], 1, return_logprob=True, top_logprobs_num=3)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
