@@ -2,7 +2,8 @@
 
 A decode step multiplies a few rows, one for each sequence, with every weight. ``F.linear`` computes ``x @ W.T``
 through MKL at a fraction of the memory's bandwidth when ``x`` has few rows. oneDNN's inner product reads a copy of
-the weight in blocks of its own choice nearly as fast as it can be read, and is as fast as MKL for many rows.
+the weight in blocks of its own choice nearly as fast as it can be read. From some hundred rows on both are equal, and
+beyond :data:`MOST_ROWS` the weight itself is used.
 
 The copy costs as much memory as the weights. The weights themselves stay: embeddings are looked up in them, weight
 updates are written to them, and SGLang's own step after loading packs them anew.
@@ -15,10 +16,12 @@ from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 512  # beyond, as in a long prefill, MKL on the weight as it is was measured faster
 _ROWS_HINT = 8  # rows for which oneDNN chooses the layout; it serves any number
 _MEMORY_SHARE = 0.4  # of the free memory that the copies may take
 
@@ -52,19 +55,21 @@ class _Packed:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.packed = pack(layer.weight)
 
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return F.linear(x, layer.weight, bias)
+        return packed_linear(x, self.packed, bias)
+
 
 class PackedLinearMethod(_Packed, UnquantizedLinearMethod):
     """SGLang's unquantized linear layer on a packed weight."""
-
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return packed_linear(x, self.packed, bias)
 
 
 class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):
     """The same for the language-model head, which may share its weight with the embedding."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return packed_linear(x.to(torch.float32), self.packed, bias)
+        return super().apply(layer, x.to(torch.float32), bias)
 
 
 _METHODS: dict[type, Any] = {

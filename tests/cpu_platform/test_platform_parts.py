@@ -78,7 +78,7 @@ def _layers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]:
 
 @pytest.mark.slow
 def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> None:
-    from rksc_sgl.cpu_platform.packed_linear import PackedLinearMethod, use_packed_linear
+    from rksc_sgl.cpu_platform.packed_linear import MOST_ROWS, PackedLinearMethod, use_packed_linear
 
     plain, half, other = _layers()
     model = torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)])
@@ -87,7 +87,9 @@ def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> Non
     assert not isinstance(half.quant_method, PackedLinearMethod)
     assert type(other.quant_method) is object
     x = torch.randn(3, 4)
+    many = torch.randn(MOST_ROWS + 1, 4)
     with torch.inference_mode():
+        torch.testing.assert_close(plain.quant_method.apply(plain, many), F.linear(many, plain.weight))
         torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))
         plain.weight.data.copy_(torch.randn(4, 4))
         plain.quant_method.process_weights_after_loading(plain)
