@@ -7,6 +7,7 @@ client to the scheduler; values are scalars.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,10 @@ from rksc_sgl.errors import OptionError
 KEY = "rksc"
 SHARE_MODES = ("auto", "exact")
 OPERATIONS = ("branch", "verify")
+EXITS = ("certified", "published", "off")
+DEFAULT_THETA, DEFAULT_EPS = 8.0, 3.0  # nats; arXiv 2606.09937
+MAX_LABEL_IDS = 64
+MAX_TRACE_LAYERS = 64
 MAX_GROUP_LENGTH = 128
 MAX_BRANCHES = 4096
 
@@ -31,6 +36,14 @@ class RequestOptions:
         share: how the branch may reuse KV of its siblings. ``auto`` takes the best that the server offers;
             ``exact`` only ever reuses the KV of identical tokens.
         op: ``branch`` for generation, ``verify`` for the verification of a branch.
+        exit: of a verification: ``certified`` stops at an intermediate layer where the server's profile allows it;
+            ``published`` follows the published entropy rule, which is certified by nothing; ``off`` never stops.
+        risk: with ``certified``: the largest share of changed verdicts; None takes the server's.
+        yes_ids: tokens that say the first label, as they are in ``token_ids_logprob``.
+        no_ids: tokens that say any other label.
+        theta: with ``published``: the entropy below which to stop, nats.
+        eps: with ``published``: how little the entropy must have moved, nats.
+        trace: layers whose last hidden state is reported; for calibration, on servers that allow it.
     """
 
     group: str | None = None
@@ -38,6 +51,13 @@ class RequestOptions:
     branches: int = 1
     share: str = "auto"
     op: str = "branch"
+    exit: str = "certified"
+    risk: float | None = None
+    yes_ids: tuple[int, ...] = ()
+    no_ids: tuple[int, ...] = ()
+    theta: float = DEFAULT_THETA
+    eps: float = DEFAULT_EPS
+    trace: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -52,6 +72,27 @@ class RequestOptions:
             raise OptionError(f"{KEY}.branch: must be 0 to branches - 1 = {self.branches - 1}, got {self.branch}")
         _check_choice("share", self.share, SHARE_MODES)
         _check_choice("op", self.op, OPERATIONS)
+        self._check_exit()
+
+    def _check_exit(self) -> None:
+        _check_choice("exit", self.exit, EXITS)
+        if self.risk is not None:
+            _check_number("risk", self.risk)
+            if not 0.0 < self.risk < 1.0:
+                raise OptionError(f"{KEY}.risk: must be above 0 and below 1, got {self.risk}")
+        for key in ("theta", "eps"):
+            _check_number(key, getattr(self, key))
+        for key, most in (("yes_ids", MAX_LABEL_IDS), ("no_ids", MAX_LABEL_IDS), ("trace", MAX_TRACE_LAYERS)):
+            object.__setattr__(self, key, _integers(key, getattr(self, key), most))
+        both = set(self.yes_ids) & set(self.no_ids)
+        if both:
+            raise OptionError(f"{KEY}.yes_ids: must share no token with no_ids, got {sorted(both)} in both")
+        if self.exit == "published" and not (self.yes_ids and self.no_ids):
+            raise OptionError(f"{KEY}.yes_ids: exit published needs yes_ids and no_ids, the tokens of the labels")
+        if self.op != "verify":
+            for key in ("exit", "risk", "yes_ids", "no_ids", "theta", "eps", "trace"):
+                if getattr(self, key) != getattr(type(self), key):
+                    raise OptionError(f"{KEY}.{key}: is for op verify only, and this is op {self.op}")
 
     @classmethod
     def from_mapping(cls, values: Any) -> RequestOptions:
@@ -70,10 +111,11 @@ class RequestOptions:
 
     def to_mapping(self) -> dict[str, Any]:
         """The options that differ from their defaults, as sent in ``custom_params["rksc"]``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            field.name: getattr(self, field.name)
+            field.name: list(values[field.name]) if isinstance(values[field.name], tuple) else values[field.name]
             for field in fields(self)
-            if getattr(self, field.name) != field.default
+            if values[field.name] != field.default
         }
 
 
@@ -97,3 +139,15 @@ def _check_type(key: str, value: Any, expected: type, name: str) -> None:
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionError(f"{KEY}.{key}: must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise OptionError(f"{KEY}.{key}: must be a finite number, got {value!r}")
+
+
+def _integers(key: str, values: Any, most: int) -> tuple[int, ...]:
+    right = isinstance(values, (list, tuple)) and all(type(value) is int and value >= 0 for value in values)
+    if not right or len(values) > most:
+        raise OptionError(f"{KEY}.{key}: must be a list of at most {most} integers from 0 on, got {values!r}")
+    return tuple(values)

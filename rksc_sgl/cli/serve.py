@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 
+from rksc_sgl.calibration.profile import load
 from rksc_sgl.errors import RkscError
+from rksc_sgl.exit_settings import (
+    AUDIT_RATE_VARIABLE,
+    AUDIT_STOP_VARIABLE,
+    PROFILE_VARIABLE,
+    TRACE_VARIABLE,
+    Settings,
+)
 from rksc_sgl.model_fetch import is_embedded, resolve_model
 from rksc_sgl.server_process import STOP_GRACE_S, ServerProcess, argument, port_is_free
 
@@ -28,6 +38,11 @@ SGLang's own server with the radix backend `rksc` selected. MODEL is an embedded
   --model-path MODEL     the model to serve
   --host HOST            address to listen on (default 127.0.0.1)
   --port PORT            port to listen on (default 30000)
+  --rksc-profile FILE    exits verification early as this profile certifies (default: those of the model in the
+                         cache directory, as `rksc calibrate` wrote them)
+  --rksc-audit-rate R    compare this share of the early exits with full depth, 0 to 1 (default 0)
+  --rksc-audit-stop      switch exits off when the audit refutes the certificate
+  --rksc-trace           let requests ask for hidden states, as calibration does
   --sglang-help          every flag of SGLang's server
   --help                 this text
 
@@ -54,6 +69,7 @@ def run(args: list[str]) -> int:
     Raises:
         RkscError: the arguments are of no use, or the server did not start.
     """
+    args = take_switches(args)
     host = argument(args, "--host") or DEFAULT_HOST
     port = _port(argument(args, "--port"))
     if not port_is_free(port, host):
@@ -83,6 +99,27 @@ def run(args: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.stop(grace)
+
+
+def take_switches(args: list[str]) -> list[str]:
+    """Hand our own switches to the processes of the server, in the environment; the arguments that are left.
+
+    Raises:
+        RkscError: a switch has a value of no use.
+    """
+    profile, rate = argument(args, "--rksc-profile"), argument(args, "--rksc-audit-rate")
+    if profile is not None:
+        load(profile)
+        os.environ[PROFILE_VARIABLE] = str(Path(profile).absolute())
+    if rate is not None:
+        os.environ[AUDIT_RATE_VARIABLE] = rate
+        Settings.from_environment()
+    left = _without(args, "--rksc-profile", "--rksc-audit-rate")
+    for switch, variable in (("--rksc-audit-stop", AUDIT_STOP_VARIABLE), ("--rksc-trace", TRACE_VARIABLE)):
+        if switch in left:
+            os.environ[variable] = "1"
+            left.remove(switch)
+    return left
 
 
 def server_arguments(args: list[str]) -> list[str]:

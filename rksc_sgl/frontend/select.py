@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rksc_sgl.errors import OptionError, VerificationError
 from rksc_sgl.frontend.answers import majority
@@ -46,6 +46,36 @@ def score_of(candidate: Candidate) -> float:
 def by_score(candidates: Sequence[Candidate]) -> int:
     """The highest ``score * sqrt(confidence)``; the first of equals. Source: RKSC (arXiv 2606.09937)."""
     return max(candidates, key=lambda one: (score_of(one), -one.index)).index
+
+
+def unresolved(candidates: Sequence[Candidate], errors: Sequence[float]) -> list[int]:
+    """Whose exact verdict the selection by score still hangs on.
+
+    The rule under which selections are certified: a foreseen margin may be off by its error, and the leader stands
+    only where its score at ``margin - error`` is above every other's at ``margin + error``.
+
+    Args:
+        candidates: at least one, with scores.
+        errors: for each, how far the log-odds of its score may be off; 0 where the score is exact.
+
+    Returns:
+        Places of candidates with an error whose interval reaches the leader's, the leader's own among them; empty
+        where the leader stands.
+    """
+    low = [score_of(_moved(one, -error)) for one, error in zip(candidates, errors, strict=True)]
+    high = [score_of(_moved(one, error)) for one, error in zip(candidates, errors, strict=True)]
+    leader = max(range(len(candidates)), key=lambda place: (score_of(candidates[place]), -place))
+    rivals = [place for place in range(len(candidates)) if place != leader and high[place] >= low[leader]]
+    return [place for place in sorted([leader, *rivals]) if errors[place] > 0.0] if rivals else []
+
+
+def _moved(candidate: Candidate, by: float) -> Candidate:
+    """The candidate with the log-odds of its score moved."""
+    score = candidate.score
+    if score is None or by == 0.0 or score in (0.0, 1.0):
+        return candidate
+    odds = math.log(score / (1.0 - score)) + by
+    return replace(candidate, score=1.0 / (1.0 + math.exp(-odds)))
 
 
 def by_majority(candidates: Sequence[Candidate]) -> int:

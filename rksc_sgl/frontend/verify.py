@@ -25,7 +25,7 @@ from rksc_sgl.errors import (
 from rksc_sgl.frontend.answers import extract_answer
 from rksc_sgl.frontend.endpoint import BranchEndpoint
 from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
-from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of
+from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of, unresolved
 from rksc_sgl.frontend.skip import SkipDecision, SkipGate
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Verdict:
         errors: what went wrong with each branch; None where nothing did. A branch with an error is never selected.
         skipped: True when the branch was selected without verification.
         reason: why verification was skipped, or why it was not.
-        new_tokens: prompt tokens that each verification computed (its prompt less what was cached).
+        new_tokens: prompt tokens that each verification computed (its prompt less what was cached); where it was
+            asked for again at full depth, both times.
         tokens_spent: tokens computed by verification, in all.
         tokens_saved: tokens that verification did not compute: those of the branches that were cached, and the
             whole prompts where it was skipped.
@@ -80,6 +81,7 @@ class _Branch:
     score: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    new_tokens: int = 0  # over all times that it was asked
     report: dict[str, Any] | None = None
 
 
@@ -92,6 +94,8 @@ def verify_gated(
     skip: SkipGate | None = None,
     select: str | Selector = "score",
     extract: Callable[[str], str | None] = extract_answer,
+    exit: str = "certified",
+    risk: float | None = None,
 ) -> Verdict:
     """Verify each branch's ``var`` in place, unless the branches are decisive, and select the best branch.
 
@@ -107,6 +111,10 @@ def verify_gated(
             these), ``majority`` (the most frequent answer, which needs no verification), or a callable that takes
             the candidates and returns the index of one.
         extract: the answer in a branch's text, in a form that can be compared, or None.
+        exit: whether a verification may stop at an intermediate layer of the model: ``certified`` where the server
+            has a profile for this question that says so, ``published`` by the uncertified rule of the paper, ``off``.
+        risk: with ``certified``: the largest acceptable share of changed verdicts (and, with ``select="score"``, of
+            changed selections where the profile certifies that too). None takes the server's, 0.01.
 
     Returns:
         The :class:`Verdict`. A failed or empty branch loses; it never brings the rest down.
@@ -132,7 +140,7 @@ def verify_gated(
 
     decision = _decide(gate, members, select)
     if not decision.skip:
-        _verify(members, asked, labels)
+        _verify(members, asked, labels, {"exit": exit, "risk": risk}, resolve=select == "score")
     else:
         _count_unspent(members, asked)
     # A branch can fail in verification too, so this is looked at again.
@@ -188,18 +196,44 @@ def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> S
     )
 
 
-def _verify(members: list[_Branch], question: str, labels: Sequence[str]) -> None:
-    """Ask for each branch that is alive; all in one request, so that they form one batch."""
+def _verify(
+    members: list[_Branch], question: str, labels: Sequence[str], early: dict[str, Any], *, resolve: bool
+) -> None:
+    """Ask for each branch that is alive; all in one request, so that they form one batch.
+
+    Args:
+        early: the options ``exit`` and ``risk``.
+        resolve: whether to ask again, at full depth, for the verdicts that the selection by score hangs on.
+    """
     alive = [branch for branch in members if branch.error is None]
     endpoint = _endpoint(alive[0])
     tokens = resolve_labels(labels, endpoint.tokenize)
-    bodies = [_request(branch, question, tokens) for branch in alive]
-    responses = _ask(endpoint, bodies)
-    for branch, response in zip(alive, responses, strict=True):
+    _ask_for(alive, question, tokens, early)
+    answered = [branch for branch in alive if branch.error is None]
+    if resolve and answered:
+        unsure = unresolved([_candidate(branch) for branch in answered], [_error_of(branch) for branch in answered])
+        again = [answered[place] for place in unsure]
+        if again:
+            logger.info("verify_gated: %d of %d verdicts are asked for again at full depth", len(again), len(alive))
+            _ask_for(again, question, tokens, {"exit": "off"})
+
+
+def _ask_for(branches: list[_Branch], question: str, tokens: LabelTokens, early: dict[str, Any]) -> None:
+    yes_ids, others = tokens.ids[0], [token for ids in tokens.ids[1:] for token in ids]
+    options = {name: value for name, value in early.items() if value is not None}
+    options.update(yes_ids=list(yes_ids), no_ids=others)
+    bodies = [_request(branch, question, tokens, options) for branch in branches]
+    responses = _ask(_endpoint(branches[0]), bodies)
+    for branch, response in zip(branches, responses, strict=True):
         if isinstance(response, ServerError):
             branch.error = f"verification failed: {response}"
             continue
         _take(branch, response, tokens)
+
+
+def _error_of(branch: _Branch) -> float:
+    """How far the margin of a verdict may be off, in logits; 0 at full depth."""
+    return ((branch.report or {}).get("exit") or {}).get("error", 0.0)
 
 
 def _endpoint(branch: _Branch) -> BranchEndpoint:
@@ -213,7 +247,7 @@ def _endpoint(branch: _Branch) -> BranchEndpoint:
     return backend
 
 
-def _request(branch: _Branch, question: str, tokens: LabelTokens) -> dict[str, Any]:
+def _request(branch: _Branch, question: str, tokens: LabelTokens, options: dict[str, Any]) -> dict[str, Any]:
     endpoint = _endpoint(branch)
     text = branch.state.text() + verification_suffix(
         question, branch.state.stream_executor.chat_template, branch.state.messages()
@@ -221,7 +255,7 @@ def _request(branch: _Branch, question: str, tokens: LabelTokens) -> dict[str, A
     ids = endpoint.prompt_ids(text)
     return {
         **({"text": text} if ids is None else {"input_ids": ids}),
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0, **endpoint.request_options(op="verify")},
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0, **endpoint.request_options(op="verify", **options)},
         "return_logprob": True,
         "token_ids_logprob": tokens.all_ids,
     }
@@ -280,6 +314,7 @@ def _take(branch: _Branch, response: dict[str, Any], tokens: LabelTokens) -> Non
     except LabelError as error:
         branch.error = f"verification failed: {error}"
         return
+    branch.new_tokens += meta_info["prompt_tokens"] - meta_info["cached_tokens"]
     branch.prompt_tokens = meta_info["prompt_tokens"]
     branch.cached_tokens = meta_info["cached_tokens"]
     branch.report = meta_info.get("rksc")
@@ -320,8 +355,8 @@ def _verdict(members: list[_Branch], index: int, decision: SkipDecision) -> Verd
         errors=[branch.error for branch in members],
         skipped=decision.skip,
         reason=decision.reason,
-        new_tokens=[branch.prompt_tokens - branch.cached_tokens for branch in members],
-        tokens_spent=sum(branch.prompt_tokens - branch.cached_tokens for branch in members),
+        new_tokens=[branch.new_tokens for branch in members],
+        tokens_spent=sum(branch.new_tokens for branch in members),
         tokens_saved=sum(branch.cached_tokens for branch in members),
         reports=[branch.report for branch in members],
     )

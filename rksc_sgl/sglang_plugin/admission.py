@@ -6,6 +6,7 @@ from typing import Any
 
 from rksc_sgl.errors import OptionError
 from rksc_sgl.options import options_of
+from rksc_sgl.sglang_plugin import exits
 
 
 def option_error(sampling_params: Any) -> str | None:
@@ -13,7 +14,9 @@ def option_error(sampling_params: Any) -> str | None:
     for params in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
         custom_params = params.get("custom_params") if isinstance(params, dict) else None
         try:
-            options_of(custom_params)
+            options = options_of(custom_params)
+            if options is not None:
+                exits.profiles_of_server().check_risk(options)
         except OptionError as error:
             return str(error)
     return None

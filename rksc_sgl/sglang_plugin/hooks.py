@@ -18,7 +18,7 @@ from typing import Any
 
 from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
-from rksc_sgl.sglang_plugin import admission, report, routes
+from rksc_sgl.sglang_plugin import admission, exits, report, routes
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine"
+_WORKER = "sglang.srt.managers.tp_worker"
+_RUNNER = "sglang.srt.model_executor.model_runner"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
 HOOKS: tuple[Hook, ...] = (
@@ -137,6 +139,42 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("req_to_token", "req_pool_indices_tensor", "prefix_lens_tensor"),
         process="scheduler",
         why="page sizes above 1 on a CPU, where there is no Triton",
+    ),
+    Hook(
+        target=f"{_WORKER}.TpModelWorker.forward_batch_generation",
+        module=_WORKER,
+        kind="around",
+        function=exits.remember_requests,
+        parameters=(
+            "self",
+            "batch",
+            "forward_batch",
+            "pp_proxy_tensors",
+            "is_verify",
+            "skip_attn_backend_init",
+            "capture_hidden_mode",
+            "return_kv_loc_plan",
+        ),
+        process="scheduler",
+        why="early exit: which requests are in the batch",
+    ),
+    Hook(
+        target=f"{_RUNNER}.ModelRunner._forward_raw",
+        module=_RUNNER,
+        kind="around",
+        function=exits.choose_mode,
+        parameters=("self", "forward_batch", "pp_proxy_tensors", "reinit_attn_backend", "split_forward_count"),
+        process="scheduler",
+        why="early exit: a batch with verifications runs as a split prefill",
+    ),
+    Hook(
+        target=f"{_RUNNER}.ModelRunner.forward_split_prefill",
+        module=_RUNNER,
+        kind="around",
+        function=exits.run_layers,
+        parameters=("self", "forward_batch", "reinit_attn_backend", "forward_count"),
+        process="scheduler",
+        why="early exit: the layers run in intervals, and certain verdicts leave between them",
     ),
 )
 

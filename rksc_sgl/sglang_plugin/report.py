@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rksc_sgl.options import KEY, options_of
+from rksc_sgl.sglang_plugin import exits
 
 
 def request_report(req: Any) -> dict[str, Any] | None:
@@ -19,6 +20,9 @@ def request_report(req: Any) -> dict[str, Any] | None:
     report: dict[str, Any] = {"mode": "exact", "op": options.op, "reused_tokens": req.cached_tokens}
     if options.group is not None:
         report.update(group=options.group, branch=options.branch, branches=options.branches)
+    verification = exits.exit_report(req)
+    if verification is not None:
+        report["exit"] = verification
     return report
 
 
@@ -63,5 +67,6 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
         "tree_cache": type(scheduler.tree_cache).__name__,
         "attention_backend": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
         "hooks": hooks.describe(),
+        "exit": exits.state(),
     }
     return result

@@ -1,0 +1,146 @@
+"""The profiles that a server exits by: found, checked, and asked for a rule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rksc_sgl.calibration.profile import Profile, fingerprint_of_model, load
+from rksc_sgl.early_exit.audit import Audit
+from rksc_sgl.early_exit.rules import CertifiedRule, ExitRule
+from rksc_sgl.errors import OptionError, ProfileError
+from rksc_sgl.exit_settings import Settings, profile_directory
+from rksc_sgl.options import KEY, RequestOptions
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RISK = 0.01
+
+
+def server_fingerprint(model: Path, dtype: str) -> str:
+    """What a profile is valid for: a model's files and the number type in which they are served."""
+    return f"{fingerprint_of_model(model)}/{dtype.removeprefix('torch.')}"
+
+
+@dataclass(eq=False)
+class ExitProfiles:
+    """The profiles of one server process, and what has happened under them."""
+
+    profiles: tuple[Profile, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    why_none: str = "this server has no profile for its model"
+    audit: Audit = field(default_factory=Audit)
+    exits: dict[str, int] = field(default_factory=dict)  # by rule
+    layers_saved: int = 0
+    _rules: dict[tuple[int, float], CertifiedRule] = field(default_factory=dict)
+
+    @classmethod
+    def for_server(cls, model: Path, dtype: str, settings: Settings) -> ExitProfiles:
+        """Load what fits the model; what does not fit is named in one log line and left out."""
+        audit = Audit(settings.audit_rate, settings.audit_stop)
+        files = [settings.profile] if settings.profile else sorted(profile_directory().glob("profile-*.json"))
+        if not files:
+            logger.info("rksc: no profile in %s: verification runs at full depth", profile_directory())
+            return cls(settings=settings, audit=audit)
+        try:
+            here = server_fingerprint(model, dtype)
+        except ProfileError as error:
+            logger.warning("rksc: no layer exit: %s", error)
+            return cls(settings=settings, audit=audit, why_none=str(error))
+        found, problems = [], []
+        for file in files:
+            try:
+                profile = load(file)
+                if profile.model_fingerprint == here:
+                    found.append(profile)
+                else:
+                    problems.append(f"{file}: is of another model or number type")
+            except ProfileError as error:
+                problems.append(str(error))
+        if settings.profile or not found:
+            for problem in problems:
+                logger.warning("rksc: no layer exit by this profile: %s", problem)
+        for profile in found:
+            points = ", ".join(f"{point.delta:g}" for point in profile.points) or "none"
+            logger.info("rksc: profile of %s (%s): certified risks %s", profile.created, profile.workload, points)
+        return cls(tuple(found), settings, "; ".join(problems) or cls.why_none, audit)
+
+    def rule(self, prompt_ids: Sequence[int], options: RequestOptions) -> tuple[ExitRule | None, str]:
+        """The certified rule for a prompt, or None and the reason why it runs at full depth."""
+        if not self.profiles:
+            return None, self.why_none
+        index = next((i for i, profile in enumerate(self.profiles) if _fits(profile, prompt_ids, options)), None)
+        if index is None:
+            return None, "no profile covers this verification prompt"
+        profile = self.profiles[index]
+        try:
+            point = profile.point_for(DEFAULT_RISK if options.risk is None else options.risk)
+        except ProfileError as error:
+            return None, str(error)
+        if not self.audit.allows(point.delta):
+            return None, f"the audit refuted the certificate at {point.delta:g}"
+        key = (index, point.delta)
+        if key not in self._rules:
+            self._rules[key] = CertifiedRule(profile.readouts, point.t, point.delta)
+        return self._rules[key], ""
+
+    def check_risk(self, options: RequestOptions) -> None:
+        """Refuse a risk that no profile of this server certifies; without any profile there is nothing to refuse.
+
+        Raises:
+            OptionError: saying which risks are certified.
+        """
+        if options.risk is None or not self.profiles:
+            return
+        problems = []
+        for profile in self.profiles:
+            try:
+                profile.point_for(options.risk)
+                return
+            except ProfileError as error:
+                problems.append(str(error))
+        raise OptionError(f"{KEY}.{problems[0]}")
+
+    def label_ids(self, rule: ExitRule, options: RequestOptions) -> tuple[Sequence[int], Sequence[int]]:
+        """Tokens of the first label and of the others, under a rule."""
+        for (index, _), known in self._rules.items():
+            if known is rule:
+                return self.profiles[index].yes_ids, self.profiles[index].no_ids
+        return options.yes_ids, options.no_ids
+
+    def count_exit(self, rule: str, layers: int) -> None:
+        self.exits[rule] = self.exits.get(rule, 0) + 1
+        self.layers_saved += layers
+
+    def count_audit(self, risk: float, disagrees: bool) -> None:
+        self.audit.record(risk, disagrees)
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for ``GET /rksc/info``."""
+        return {
+            "profiles": [
+                {
+                    "created": profile.created,
+                    "workload": profile.workload,
+                    "risks": [point.delta for point in profile.points],
+                    "skip": {str(point.delta): point.agreement for point in profile.skip_points},
+                }
+                for profile in self.profiles
+            ],
+            "exits": dict(self.exits),
+            "layers_saved": self.layers_saved,
+            "audited": sum(self.audit.audited.values()),
+            "disagreed": sum(self.audit.disagreed.values()),
+            "broken": sorted(self.audit.broken),
+        }
+
+
+def _fits(profile: Profile, prompt_ids: Sequence[int], options: RequestOptions) -> bool:
+    """Whether the prompt asks the profile's question and, where the request names its labels, means the same ones."""
+    if not profile.covers(prompt_ids):
+        return False
+    named = bool(options.yes_ids or options.no_ids)
+    return not named or (set(options.yes_ids), set(options.no_ids)) == (set(profile.yes_ids), set(profile.no_ids))

@@ -1,0 +1,237 @@
+"""Early exit inside SGLang: which requests of a batch may leave, the walk, and what is said about it.
+
+Three hooks work together. ``TpModelWorker.forward_batch_generation`` knows the requests; ``ModelRunner._forward_raw``
+prepares the pass, and is told to run it as a split prefill where a verification may leave; and
+``ModelRunner.forward_split_prefill`` is then called once and runs the layers in intervals.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rksc_sgl.early_exit.rules import ExitRule, PublishedRule, margin_of, verdict_logits
+from rksc_sgl.early_exit.walk import Watched, walk
+from rksc_sgl.exit_settings import Settings
+from rksc_sgl.options import RequestOptions, options_of
+from rksc_sgl.sglang_plugin.exit_profiles import ExitProfiles
+from rksc_sgl.sglang_plugin.layer_pass import SplitPass
+
+logger = logging.getLogger(__name__)
+
+_requests: ContextVar[list[Any] | None] = ContextVar("rksc_requests", default=None)
+_watched: ContextVar[list[Watched] | None] = ContextVar("rksc_watched", default=None)
+
+
+@cache
+def profiles_of_server() -> ExitProfiles:
+    """Profiles, audit and switches of this process; read once."""
+    from sglang.srt.runtime_context import get_server_args
+
+    arguments = get_server_args()
+    return ExitProfiles.for_server(Path(arguments.model_path), str(arguments.dtype), Settings.from_environment())
+
+
+def remember_requests(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook: the requests of the batch, for the hooks below."""
+    token = _requests.set(None if batch is None or args or kwargs.get("forward_batch") is not None else batch.reqs)
+    try:
+        return original(worker, batch, *args, **kwargs)
+    finally:
+        _requests.reset(token)
+
+
+def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook: an extend batch with verifications that may leave runs as a split prefill."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    requests = _requests.get()
+    if requests is None or forward_batch.forward_mode != ForwardMode.EXTEND:
+        return original(runner, forward_batch, *args, **kwargs)
+    watched = _watch(runner, forward_batch, requests)
+    if not watched:
+        return original(runner, forward_batch, *args, **kwargs)
+    token = _watched.set(watched)
+    forward_batch.forward_mode = ForwardMode.SPLIT_PREFILL
+    try:
+        return original(runner, forward_batch, *args, **kwargs)
+    finally:
+        forward_batch.forward_mode = ForwardMode.EXTEND
+        _watched.reset(token)
+
+
+def run_layers(
+    original: Callable[..., Any],
+    runner: Any,
+    forward_batch: Any,
+    reinit_attn_backend: bool = False,
+    forward_count: int = 1,
+) -> Any:
+    """AROUND hook: the walk, where :func:`choose_mode` asked for one; SGLang's own split prefill otherwise."""
+    watched = _watched.get()
+    if watched is None:
+        return original(runner, forward_batch, reinit_attn_backend, forward_count)
+    requests = _requests.get()
+    assert requests is not None
+
+    def run(batch: Any, **kwargs: Any) -> Any:
+        return original(runner, batch, **kwargs)
+
+    layer_pass = SplitPass(runner, forward_batch, run)
+    there = walk(layer_pass, forward_batch.batch_size, watched, _agreement())
+    output = layer_pass.finish(there)
+    for one in watched:
+        _settle(one, requests[one.place], output.next_token_logits[one.place], layer_pass.layers)
+    return output
+
+
+def exit_report(req: Any) -> dict[str, Any] | None:
+    """What was decided about a verification, for its report; None before its pass."""
+    return getattr(req, "rksc_exit", None)
+
+
+def state() -> dict[str, Any]:
+    """Profiles and counts of this process, as plain values."""
+    return profiles_of_server().describe()
+
+
+def _watch(runner: Any, forward_batch: Any, requests: Sequence[Any]) -> list[Watched]:
+    """The verifications of this batch that may leave or are traced."""
+    asked = []
+    for place, req in enumerate(requests):
+        options = options_of(req.sampling_params.custom_params)
+        if options is not None and options.op == "verify" and req.extend_end >= len(req.origin_input_ids):
+            asked.append((place, req, options))
+    if not asked:
+        return []
+    refusal = _refusal(runner, forward_batch)
+    watched = []
+    for place, req, options in asked:
+        one, reason = (None, refusal) if refusal else _watch_one(runner, place, req, options)
+        req.rksc_exit = {"rule": None, "reason": reason}
+        if one is not None:
+            watched.append(one)
+    return watched
+
+
+def _refusal(runner: Any, batch: Any) -> str:
+    """Why nothing of this batch can leave; empty if it can."""
+    from sglang.srt.runtime_context import get_parallel
+
+    model, captured = runner.model, batch.capture_hidden_mode
+    if not hasattr(model, "forward_split_prefill") or not hasattr(getattr(model, "model", None), "norm"):
+        return _said_once(f"{type(model).__name__} has no split prefill")
+    # fmt: off
+    unsupported = {
+        "pipeline parallelism": get_parallel().pp_size > 1,
+        "data-parallel attention": batch.global_num_tokens_cpu is not None,
+        "LoRA": any(one is not None for one in batch.lora_ids or ()),
+        "multimodal input": any(one is not None for one in batch.mm_inputs or ()),
+        "embeddings as input": batch.input_embeds is not None or batch.replace_embeds is not None,
+        "an encoder": batch.encoder_lens is not None,
+        "two-batch overlap": bool(batch.tbo_children),
+        "hidden states in the answer": captured is not None and captured.need_capture(),
+    }
+    # fmt: on
+    return next((f"a batch with {name} runs at full depth" for name, found in unsupported.items() if found), "")
+
+
+@cache
+def _said_once(reason: str) -> str:
+    logger.warning("rksc: verification runs at full depth: %s", reason)
+    return reason
+
+
+def _watch_one(runner: Any, place: int, req: Any, options: RequestOptions) -> tuple[Watched | None, str]:
+    server = profiles_of_server()
+    traced = tuple(sorted(layer for layer in set(options.trace) if 0 < layer < runner.model_config.num_hidden_layers))
+    if traced and not server.settings.trace:
+        traced = ()
+    rule, reason = _rule(runner, req, options, server)
+    if rule is None and not traced:
+        return None, reason
+    audited = rule is not None and rule.risk is not None and server.audit.chooses(req.rid)
+    return Watched(place, rule, audited=audited, trace_layers=traced), reason
+
+
+def _rule(runner: Any, req: Any, options: RequestOptions, server: ExitProfiles) -> tuple[ExitRule | None, str]:
+    """The rule under which a request may leave, or None and why not."""
+    if options.exit == "off":
+        return None, "exit is off"
+    if req.sampling_params.max_new_tokens != 1 or len(req.output_ids) > 0:
+        return None, "more than one token is asked for"
+    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1:
+        return None, "log-probabilities of the prompt are asked for"
+    if req.grammar is not None:
+        return None, "a grammar constrains the token"
+    highest = max((*options.yes_ids, *options.no_ids), default=0)
+    if highest >= runner.model_config.vocab_size:
+        return None, f"label token {highest} is not in the vocabulary of {runner.model_config.vocab_size}"
+    if options.exit == "published":
+        if _tp_group().world_size > 1:
+            return None, "the published rule needs the whole vocabulary on one rank"
+        layers = runner.model_config.num_hidden_layers
+        unembedding = runner.model.lm_head.weight
+        return PublishedRule(unembedding, options.yes_ids, options.no_ids, layers, options.theta, options.eps), ""
+    return server.rule(req.origin_input_ids, options)
+
+
+def _tp_group() -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_group
+
+
+def _agreement() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rank 0 decides: a last bit that differs between ranks must not make them run different batches."""
+    group = _tp_group()
+    if group.world_size == 1:
+        return lambda mask: mask
+
+    def agree(mask: torch.Tensor) -> torch.Tensor:
+        return group.broadcast(mask.to(torch.int32), src=0).to(torch.bool)
+
+    return agree
+
+
+def _settle(one: Watched, req: Any, logits: torch.Tensor, layers: int) -> None:
+    """The verdict of one that left goes where the sampler looks; what happened goes into the report."""
+    report: dict[str, Any] = req.rksc_exit
+    if one.trace:
+        stacked = torch.stack([one.trace[layer] for layer in one.trace_layers]).contiguous().cpu().numpy()
+        report["trace"] = base64.b64encode(stacked.astype("<f4").tobytes()).decode()
+        report["trace_layers"] = list(one.trace_layers)
+    if one.rule is None:
+        return
+    report.update(rule=one.rule.name, risk=one.rule.risk, layers=layers, layer=layers, layers_saved=0)
+    if one.exit_layer is None or one.margin is None:
+        report["reason"] = "the verdict was not certain before the last layer"
+        return
+    server = profiles_of_server()
+    options = options_of(req.sampling_params.custom_params)
+    assert options is not None
+    yes_ids, no_ids = server.label_ids(one.rule, options)
+    if one.audited:
+        exact = float(margin_of(logits[None].float(), yes_ids, no_ids))
+        assert one.rule.risk is not None
+        server.count_audit(one.rule.risk, (exact > 0) != (one.margin > 0))
+        report.update(audited=True, foreseen=one.margin, margin=exact, error=0.0, reason="audited: ran to full depth")
+        return
+    # Its deeper layers were never computed, so nothing of it may be found by another request.
+    req.skip_radix_cache_insert = True
+    verdict_logits(one.margin, yes_ids, no_ids, logits)
+    server.count_exit(one.rule.name, layers - one.exit_layer)
+    report.update(
+        layer=one.exit_layer,
+        layers_saved=layers - one.exit_layer,
+        margin=one.margin,
+        error=one.error,
+        reason="",
+    )
