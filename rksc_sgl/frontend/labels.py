@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from rksc_sgl.errors import LabelError, OptionError
 
+_LEAST = 1e-300  # of a probability, so that its logarithm is finite
+
 
 @dataclass(frozen=True)
 class LabelTokens:
@@ -49,6 +51,18 @@ class LabelTokens:
         masses = [sum(math.exp(logprobs[token] - highest) for token in ids) for ids in self.ids]
         total = sum(masses)
         return tuple(mass / total for mass in masses)
+
+    def margin(self, logprobs: Mapping[int, float]) -> float:
+        """Log-odds of the first label against all others together, in logits.
+
+        Args:
+            logprobs: log-probability of each of ``all_ids`` at the verdict's position.
+
+        Raises:
+            LabelError: as :meth:`probabilities`.
+        """
+        first, *rest = self.probabilities(logprobs)
+        return math.log(max(first, _LEAST)) - math.log(max(sum(rest), _LEAST))
 
 
 def spellings(label: str) -> list[str]:

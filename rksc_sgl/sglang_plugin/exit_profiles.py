@@ -30,6 +30,7 @@ class ExitProfiles:
     """The profiles of one server process, and what has happened under them."""
 
     profiles: tuple[Profile, ...] = ()
+    fingerprint: str | None = None  # of the model as it is served; None where it could not be taken
     settings: Settings = field(default_factory=Settings)
     why_none: str = "this server has no profile for its model"
     audit: Audit = field(default_factory=Audit)
@@ -42,14 +43,14 @@ class ExitProfiles:
         """Load what fits the model; what does not fit is named in one log line and left out."""
         audit = Audit(settings.audit_rate, settings.audit_stop)
         files = [settings.profile] if settings.profile else sorted(profile_directory().glob("profile-*.json"))
-        if not files:
-            logger.info("rksc: no profile in %s: verification runs at full depth", profile_directory())
-            return cls(settings=settings, audit=audit)
         try:
             here = server_fingerprint(model, dtype)
         except ProfileError as error:
             logger.warning("rksc: no layer exit: %s", error)
             return cls(settings=settings, audit=audit, why_none=str(error))
+        if not files:
+            logger.info("rksc: no profile in %s: verification runs at full depth", profile_directory())
+            return cls(fingerprint=here, settings=settings, audit=audit)
         found, problems = [], []
         for file in files:
             try:
@@ -66,7 +67,7 @@ class ExitProfiles:
         for profile in found:
             points = ", ".join(f"{point.delta:g}" for point in profile.points) or "none"
             logger.info("rksc: profile of %s (%s): certified risks %s", profile.created, profile.workload, points)
-        return cls(tuple(found), settings, "; ".join(problems) or cls.why_none, audit)
+        return cls(tuple(found), here, settings, "; ".join(problems) or cls.why_none, audit)
 
     def rule(self, prompt_ids: Sequence[int], options: RequestOptions) -> tuple[ExitRule | None, str]:
         """The certified rule for a prompt, or None and the reason why it runs at full depth."""
@@ -121,12 +122,15 @@ class ExitProfiles:
     def describe(self) -> dict[str, Any]:
         """As plain values, for ``GET /rksc/info``."""
         return {
+            "fingerprint": self.fingerprint,
+            "trace": self.settings.trace,
             "profiles": [
                 {
+                    "question_ids": list(profile.question_ids),
                     "created": profile.created,
                     "workload": profile.workload,
                     "risks": [point.delta for point in profile.points],
-                    "skip": {str(point.delta): point.agreement for point in profile.skip_points},
+                    "skip": [{"risk": point.delta, "agreement": point.agreement} for point in profile.skip_points],
                 }
                 for profile in self.profiles
             ],
