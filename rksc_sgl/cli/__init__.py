@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rksc_sgl.cli import doctor, serve
+from rksc_sgl.cli import calibrate, doctor, serve
 from rksc_sgl.model_fetch.command import app as model_app
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve", context_settings=serve.CONTEXT, add_help_option=False)(serve.serve)
+app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model_app, name="model")
 

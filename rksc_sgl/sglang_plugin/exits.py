@@ -97,9 +97,9 @@ def exit_report(req: Any) -> dict[str, Any] | None:
     return getattr(req, "rksc_exit", None)
 
 
-def state() -> dict[str, Any]:
+def state(runner: Any) -> dict[str, Any]:
     """Profiles and counts of this process, as plain values."""
-    return profiles_of_server().describe()
+    return {"layers": runner.model_config.num_hidden_layers, **profiles_of_server().describe()}
 
 
 def _watch(runner: Any, forward_batch: Any, requests: Sequence[Any]) -> list[Watched]:

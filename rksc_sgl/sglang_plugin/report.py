@@ -67,6 +67,6 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
         "tree_cache": type(scheduler.tree_cache).__name__,
         "attention_backend": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
         "hooks": hooks.describe(),
-        "exit": exits.state(),
+        "exit": exits.state(scheduler.tp_worker.model_runner),
     }
     return result
