@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -43,6 +43,7 @@ class ServerProcess:
         args: SGLang server arguments, without host and port where those are given here.
         host: address to listen on.
         port: port to listen on; None takes a free one.
+        variables: environment variables of the server, besides ours.
         log: file that the server's output is written to as it comes; None keeps only the end of it, which is
             shown when the start fails.
 
@@ -56,6 +57,7 @@ class ServerProcess:
         *,
         host: str = "127.0.0.1",
         port: int | None = None,
+        variables: Mapping[str, str] | None = None,
         log: IO[str] | None = None,
     ) -> None:
         self.host = host
@@ -63,6 +65,7 @@ class ServerProcess:
         self.args = [*args, "--host", host, "--port", str(self.port)]
         self.url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.port}"
         self._log = log
+        self._variables = dict(variables or {})
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -111,7 +114,7 @@ class ServerProcess:
 
     def environment(self) -> dict[str, str]:
         """What it is run in."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._variables}
         # Without cached bytecode every one of SGLang's processes compiles some thousand modules anew.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         return environment

@@ -1,23 +1,57 @@
-"""The part of a calibration that talks to a server: full-depth traces of a workload, one record a fork."""
+"""The part of a calibration that talks to a server: full-depth traces of a workload, and the profile from them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
+from tqdm import tqdm
 
+from rksc_sgl.calibration.certificate import Certificate, certificate
+from rksc_sgl.calibration.profile import Profile
 from rksc_sgl.calibration.thresholds import SkipTraces
-from rksc_sgl.calibration.trace_store import ForkRecord, TraceStore
+from rksc_sgl.calibration.trace_store import ForkRecord, TraceStore, as_traces
 from rksc_sgl.calibration.workload import WorkloadFork
+from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.answers import agreement, extract_answer
 from rksc_sgl.frontend.endpoint import Endpoint
-from rksc_sgl.frontend.labels import LabelTokens
+from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
 from rksc_sgl.frontend.select import Candidate, by_score
 from rksc_sgl.frontend.skip import SkipGate
-from rksc_sgl.frontend.tracing import trace, verification_prompt
+from rksc_sgl.frontend.tracing import question_ids, trace, verification_prompt
 
 FORKS_A_BATCH = 8
+LAYERS_SHARE = 0.8  # an exit later than this saves too little to look
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be calibrated.
+
+    Attributes:
+        question: with the labels filled in.
+        labels: the affirmative one first.
+        forks: the workload.
+        source: what the workload is, for people.
+        deltas: risks to certify.
+        alpha: 1 - confidence of each certificate.
+        seed: of the split.
+    """
+
+    question: str
+    labels: tuple[str, ...]
+    forks: Sequence[WorkloadFork]
+    source: str
+    deltas: tuple[float, ...]
+    alpha: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,39 @@ def collect(
         progress(len(batch))
 
 
+def calibrate_on(endpoint: Endpoint, plan: Plan, directory: Path | None, *, quiet: bool) -> tuple[Profile, Certificate]:
+    """Trace what is missing, fit and certify."""
+    facts = _server_facts(endpoint)
+    tokens = resolve_labels(plan.labels, endpoint.tokenize)
+    bar = {"disable": quiet, "file": sys.stderr, "dynamic_ncols": True}
+    prompts: list[Prompts] = []
+    for index, fork in enumerate(tqdm(plan.forks, desc="tokenize", unit="fork", **bar)):
+        prompts.append(prompts_of(endpoint, index, fork, plan.question))
+    asked = question_ids(endpoint, plan.question, [ids for one in prompts for ids in one.ids])
+    model_layers = facts["layers"]
+    layers = tuple(range(2, int(LAYERS_SHARE * model_layers) + 1, 2)) or (1,)
+    store = _store(plan, facts, asked, tokens, layers, directory)
+    with tqdm(total=len(prompts), desc="verify at full depth", unit="fork", **bar) as shown:
+        collect(endpoint, prompts, tokens, layers, store, shown.update)
+    records = [store.get(one.index) for one in prompts]
+    traces = as_traces(records, layers, model_layers)
+    found = certificate(traces, skip_traces(records), plan.deltas, plan.alpha, seed=plan.seed)
+    profile = Profile(
+        model_fingerprint=facts["fingerprint"],
+        question_ids=asked,
+        yes_ids=tokens.ids[0],
+        no_ids=tuple(token for ids in tokens.ids[1:] for token in ids),
+        layers=model_layers,
+        readouts=found.readouts,
+        points=found.points,
+        alpha=plan.alpha,
+        skip_points=found.skip_points,
+        curve=found.curve,
+        workload=plan.source,
+    )
+    return profile, found
+
+
 def skip_traces(records: Iterable[ForkRecord]) -> SkipTraces:
     """What the skip gate would have seen of each fork, and whether skipping would have taken another answer."""
     shares, leads, differs = [], [], []
@@ -98,3 +165,40 @@ def _skipping_differs(answers: list[str | None], confidences: list[float], margi
         for index, (answer, score, confidence) in enumerate(zip(answers, scores, confidences, strict=True))
     ]
     return answers[skipped] != answers[by_score(candidates)]
+
+
+def _server_facts(endpoint: Endpoint) -> dict[str, Any]:
+    info = endpoint.rksc_info()
+    if info is None:
+        raise RkscError(f"{endpoint.base_url} runs without the rksc plugin; start it with `rksc serve --rksc-trace`")
+    exits: dict[str, Any] = info["schedulers"][0]["exit"]
+    if not exits["trace"]:
+        raise RkscError(f"{endpoint.base_url} gives no traces; start it with `rksc serve --rksc-trace`")
+    if exits["fingerprint"] is None:
+        raise RkscError(f"{endpoint.base_url}: no fingerprint could be taken of the model; its log says why")
+    return exits
+
+
+def _store(
+    plan: Plan,
+    facts: dict[str, Any],
+    asked: tuple[int, ...],
+    tokens: LabelTokens,
+    layers: tuple[int, ...],
+    directory: Path | None,
+) -> TraceStore:
+    content = digest(json.dumps([asdict(fork) for fork in plan.forks], sort_keys=True).encode())
+    description = {
+        "model": facts["fingerprint"],
+        "question_ids": list(asked),
+        "label_ids": [list(ids) for ids in tokens.ids],
+        "layers": list(layers),
+        "workload": content,
+    }
+    name = digest(json.dumps(description, sort_keys=True).encode())
+    return TraceStore(directory or user_cache_path("rksc") / "traces" / name, description)
+
+
+def digest(data: bytes) -> str:
+    """A short name for a content."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -30,13 +30,18 @@ _requests: ContextVar[list[Any] | None] = ContextVar("rksc_requests", default=No
 _watched: ContextVar[list[Watched] | None] = ContextVar("rksc_watched", default=None)
 
 
-@cache
-def profiles_of_server() -> ExitProfiles:
-    """Profiles, audit and switches of this process; read once."""
-    from sglang.srt.runtime_context import get_server_args
+def profiles_of(process: Any) -> ExitProfiles:
+    """Profiles, audit and switches of this process; read once.
 
-    arguments = get_server_args()
-    return ExitProfiles.for_server(Path(arguments.model_path), str(arguments.dtype), Settings.from_environment())
+    Args:
+        process: SGLang's ``TokenizerManager`` or ``ModelRunner``: what says which model is served, and in which type.
+    """
+    return _profiles_of(process.server_args.model_path, str(process.model_config.dtype))
+
+
+@cache
+def _profiles_of(model: str, dtype: str) -> ExitProfiles:
+    return ExitProfiles.for_server(Path(model), dtype, Settings.from_environment())
 
 
 def remember_requests(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +93,7 @@ def run_layers(
     there = walk(layer_pass, forward_batch.batch_size, watched, _agreement())
     output = layer_pass.finish(there)
     for one in watched:
-        _settle(one, requests[one.place], output.next_token_logits[one.place], layer_pass.layers)
+        _settle(one, requests[one.place], output.next_token_logits[one.place], runner)
     return output
 
 
@@ -99,7 +104,7 @@ def exit_report(req: Any) -> dict[str, Any] | None:
 
 def state(runner: Any) -> dict[str, Any]:
     """Profiles and counts of this process, as plain values."""
-    return {"layers": runner.model_config.num_hidden_layers, **profiles_of_server().describe()}
+    return {"layers": runner.model_config.num_hidden_layers, **profiles_of(runner).describe()}
 
 
 def _watch(runner: Any, forward_batch: Any, requests: Sequence[Any]) -> list[Watched]:
@@ -150,7 +155,7 @@ def _said_once(reason: str) -> str:
 
 
 def _watch_one(runner: Any, place: int, req: Any, options: RequestOptions) -> tuple[Watched | None, str]:
-    server = profiles_of_server()
+    server = profiles_of(runner)
     traced = tuple(sorted(layer for layer in set(options.trace) if 0 < layer < runner.model_config.num_hidden_layers))
     if traced and not server.settings.trace:
         traced = ()
@@ -201,7 +206,7 @@ def _agreement() -> Callable[[torch.Tensor], torch.Tensor]:
     return agree
 
 
-def _settle(one: Watched, req: Any, logits: torch.Tensor, layers: int) -> None:
+def _settle(one: Watched, req: Any, logits: torch.Tensor, runner: Any) -> None:
     """The verdict of one that left goes where the sampler looks; what happened goes into the report."""
     report: dict[str, Any] = req.rksc_exit
     if one.trace:
@@ -210,11 +215,11 @@ def _settle(one: Watched, req: Any, logits: torch.Tensor, layers: int) -> None:
         report["trace_layers"] = list(one.trace_layers)
     if one.rule is None:
         return
+    server, layers = profiles_of(runner), runner.model_config.num_hidden_layers
     report.update(rule=one.rule.name, risk=one.rule.risk, layers=layers, layer=layers, layers_saved=0)
     if one.exit_layer is None or one.margin is None:
         report["reason"] = "the verdict was not certain before the last layer"
         return
-    server = profiles_of_server()
     options = options_of(req.sampling_params.custom_params)
     assert options is not None
     yes_ids, no_ids = server.label_ids(one.rule, options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rksc_sgl.errors import OptionError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "granite")  # SGLang has no split prefill of the last
 VOCABULARY = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL)  # every byte has a token
@@ -47,7 +47,7 @@ def write_tiny_model(path: Path, architecture: str = "llama", *, seed: int = 0, 
     import torch
     import transformers
 
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
+    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "granite": "Granite"}
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
