@@ -11,6 +11,7 @@ from platformdirs import user_cache_path
 
 from rksc_sgl.errors import OptionError
 
+DEFAULT_RISK = 0.01  # of verifications that name none
 PROFILE_VARIABLE = "RKSC_PROFILE"
 AUDIT_RATE_VARIABLE = "RKSC_AUDIT_RATE"
 AUDIT_STOP_VARIABLE = "RKSC_AUDIT_STOP"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class TraceStore:
                 return ForkRecord(
                     values["hidden"], values["margin"], values["confidence"], answers, str(values["family"])
                 )
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise OptionError(f"{file}: cannot be read ({error}); delete it and run again") from error
 
     def _file(self, index: int) -> Path:

@@ -22,6 +22,7 @@ from rksc_sgl.errors import (
     UnsupportedBackendError,
     VerificationError,
 )
+from rksc_sgl.exit_settings import DEFAULT_RISK
 from rksc_sgl.frontend.answers import extract_answer
 from rksc_sgl.frontend.endpoint import BranchEndpoint
 from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
@@ -105,8 +106,9 @@ def verify_gated(
         question: asked after the branch's text, as a user's turn where the program speaks in turns; ``{labels}``
             becomes the labels. None takes :data:`DEFAULT_QUESTION`.
         labels: what the model may reply, the affirmative one first; their spellings are found by the tokenizer.
-        skip: when to do without verification; None is ``SkipGate()``: only where all branches answer alike.
-            ``SkipGate.never()`` always verifies.
+        skip: when to do without verification; None takes, with ``select="score"``, the rule that the server's
+            profile certifies for this question and ``risk``, and else ``SkipGate()``: only where all branches answer
+            alike. ``SkipGate.never()`` always verifies.
         select: ``score`` (P(YES) * sqrt(confidence)), ``weighted_majority`` (the answer with the largest sum of
             these), ``majority`` (the most frequent answer, which needs no verification), or a callable that takes
             the candidates and returns the index of one.
@@ -138,6 +140,8 @@ def verify_gated(
     if all(branch.error is not None for branch in members):
         raise _all_failed(members, branches)
 
+    if skip is None and select == "score":
+        gate = _certified_gate(members, asked, risk) or gate
     decision = _decide(gate, members, select)
     if not decision.skip:
         _verify(members, asked, labels, {"exit": exit, "risk": risk}, resolve=select == "score")
@@ -194,6 +198,36 @@ def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> S
         [branch.answer if branch.error is None else None for branch in members],
         [branch.confidence if branch.error is None else None for branch in members],
     )
+
+
+def _certified_gate(members: list[_Branch], question: str, risk: float | None) -> SkipGate | None:
+    """The skip rule of the server's profile for this question; None where there is none."""
+    alive = next(branch for branch in members if branch.error is None)
+    backend = alive.state.stream_executor.backend
+    info = backend.rksc_info() if isinstance(backend, BranchEndpoint) else None
+    profiles = info["schedulers"][0]["exit"]["profiles"] if info else []
+    ids = _prompt_ids(alive, question) if profiles else None
+    if ids is None:
+        return None
+    for profile in profiles:
+        if ids[-len(profile["question_ids"]) :] != profile["question_ids"]:
+            continue
+        bound = DEFAULT_RISK if risk is None else risk
+        points = [point for point in profile["skip"] if point["risk"] <= bound]
+        if points:
+            best = max(points, key=lambda point: point["risk"])
+            logger.info(
+                "verify_gated: skipping is certified at %g from %g agreement on", best["risk"], best["agreement"]
+            )
+            return SkipGate(agreement=best["agreement"])
+    return None
+
+
+def _prompt_ids(branch: _Branch, question: str) -> list[int] | None:
+    """Token ids of a branch's verification; None where they are not known on this side."""
+    executor = branch.state.stream_executor
+    suffix = verification_suffix(question, executor.chat_template, branch.state.messages())
+    return _endpoint(branch).prompt_ids(branch.state.text() + suffix)
 
 
 def _verify(
@@ -326,9 +360,7 @@ def _count_unspent(members: list[_Branch], question: str) -> None:
         backend = branch.state.stream_executor.backend
         if branch.error is not None or not isinstance(backend, BranchEndpoint):
             continue
-        executor = branch.state.stream_executor
-        suffix = verification_suffix(question, executor.chat_template, branch.state.messages())
-        ids = backend.prompt_ids(branch.state.text() + suffix)
+        ids = _prompt_ids(branch, question)
         branch.prompt_tokens = branch.cached_tokens = len(ids) if ids is not None else 0
 
 

@@ -12,12 +12,10 @@ from rksc_sgl.calibration.profile import Profile, fingerprint_of_model, load
 from rksc_sgl.early_exit.audit import Audit
 from rksc_sgl.early_exit.rules import CertifiedRule, ExitRule
 from rksc_sgl.errors import OptionError, ProfileError
-from rksc_sgl.exit_settings import Settings, profile_directory
+from rksc_sgl.exit_settings import DEFAULT_RISK, Settings, profile_directory
 from rksc_sgl.options import KEY, RequestOptions
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_RISK = 0.01
 
 
 def server_fingerprint(model: Path, dtype: str) -> str:
