@@ -18,6 +18,7 @@ KEY = "rksc"
 SHARE_MODES = ("auto", "exact")
 OPERATIONS = ("branch", "verify")
 EXITS = ("certified", "published", "off")
+SCOPES = ("verdict", "selection")
 DEFAULT_THETA, DEFAULT_EPS = 8.0, 3.0  # nats; arXiv 2606.09937
 MAX_LABEL_IDS = 64
 MAX_TRACE_LAYERS = 64
@@ -39,6 +40,7 @@ class RequestOptions:
         exit: of a verification: ``certified`` stops at an intermediate layer where the server's profile allows it;
             ``published`` follows the published entropy rule, which is certified by nothing; ``off`` never stops.
         risk: with ``certified``: the largest share of changed verdicts; None takes the server's.
+        scope: with ``certified``: risk of what: a changed ``verdict``, or that or a changed ``selection`` by score.
         yes_ids: tokens that say the first label, as they are in ``token_ids_logprob``.
         no_ids: tokens that say any other label.
         theta: with ``published``: the entropy below which to stop, nats.
@@ -53,6 +55,7 @@ class RequestOptions:
     op: str = "branch"
     exit: str = "certified"
     risk: float | None = None
+    scope: str = "verdict"
     yes_ids: tuple[int, ...] = ()
     no_ids: tuple[int, ...] = ()
     theta: float = DEFAULT_THETA
@@ -76,6 +79,7 @@ class RequestOptions:
 
     def _check_exit(self) -> None:
         _check_choice("exit", self.exit, EXITS)
+        _check_choice("scope", self.scope, SCOPES)
         if self.risk is not None:
             _check_number("risk", self.risk)
             if not 0.0 < self.risk < 1.0:
@@ -90,7 +94,7 @@ class RequestOptions:
         if self.exit == "published" and not (self.yes_ids and self.no_ids):
             raise OptionError(f"{KEY}.yes_ids: exit published needs yes_ids and no_ids, the tokens of the labels")
         if self.op != "verify":
-            for key in ("exit", "risk", "yes_ids", "no_ids", "theta", "eps", "trace"):
+            for key in ("exit", "risk", "scope", "yes_ids", "no_ids", "theta", "eps", "trace"):
                 if getattr(self, key) != getattr(type(self), key):
                     raise OptionError(f"{KEY}.{key}: is for op verify only, and this is op {self.op}")
 

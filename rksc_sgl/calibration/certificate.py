@@ -10,9 +10,11 @@ import numpy as np
 from rksc_sgl.calibration.readout import LinearReadout, fit_readouts, r2
 from rksc_sgl.calibration.risk_control import clopper_pearson_upper
 from rksc_sgl.calibration.thresholds import (
+    SCOPES,
     CertifiedPoint,
     CurvePoint,
     Flags,
+    Scope,
     SkipPoint,
     SkipTraces,
     Traces,
@@ -42,6 +44,7 @@ class HeldOutFigures:
 
     Attributes:
         delta: of the point.
+        scope: of the point.
         calls: verifications.
         flips: verdicts that are not those of full depth.
         flip_upper95: upper bound of the flip rate, one-sided 95% (Clopper-Pearson over calls).
@@ -51,6 +54,7 @@ class HeldOutFigures:
     """
 
     delta: float
+    scope: Scope
     calls: int
     flips: int
     flip_upper95: float
@@ -116,7 +120,9 @@ def certificate(
     split = split_forks(skip.agreement.size, seed=seed)
     fit, chosen, test = (traces.where(part[traces.group]) for part in (split.fit, split.certify, split.test))
     readouts = fit_readouts(fit.hidden, fit.margin, fit.layers)
-    points = tuple(certify(chosen, readouts, deltas, alpha, prefer="cheapest"))
+    points = tuple(
+        point for scope in SCOPES for point in certify(chosen, readouts, deltas, alpha, scope=scope, prefer="cheapest")
+    )
     explained = {
         layer: r2(readout.predict(chosen.hidden[:, chosen.layers.index(layer)]), chosen.margin)
         for layer, readout in readouts.items()
@@ -127,17 +133,18 @@ def certificate(
         points=points,
         # The skip rule has nothing to fit: every fork can be certified on.
         skip_points=tuple(certify_skip(skip, deltas, alpha)),
-        curve=measure_curve(chosen, readouts),
+        curve=measure_curve(chosen, readouts, resolve_ties=False),
         test=tuple(figures_on(test, readouts, point) for point in points),
     )
 
 
 def figures_on(traces: Traces, readouts: Mapping[int, LinearReadout], point: CertifiedPoint) -> HeldOutFigures:
     """What a certified rule does on these traces."""
-    run = simulate(traces, readouts, point.t, resolve_ties=point.resolve_ties)
+    run = simulate(traces, readouts, point.t, resolve_ties=point.scope == "selection")
     calls, flips = int(run.flip.size), int(run.flip.sum())
     return HeldOutFigures(
         delta=point.delta,
+        scope=point.scope,
         calls=calls,
         flips=flips,
         flip_upper95=clopper_pearson_upper(flips, calls, 0.05),

@@ -31,11 +31,9 @@ def plot_risk(profile: Profile, path: str | Path) -> None:
     axes.plot(saving, [100 * point.selection_rate for point in profile.curve], "--", label="other branch, measured")
     for point in profile.points:
         place, risk = 100 * (1 - point.layers_fraction), 100 * point.flip_mean
-        scope = "" if point.selection_certified else ", verdicts only"
         axes.plot([place, place], [risk, 100 * point.delta], color="0.5", linewidth=1)
-        axes.plot(
-            [place], [100 * point.delta], "v", label=f"certified at {100 * point.delta:g} % (t={point.t:g}{scope})"
-        )
+        label = f"certified at {100 * point.delta:g} % (t={point.t:g}, {point.scope})"
+        axes.plot([place], [100 * point.delta], "v", label=label)
     axes.set_xlabel("layers saved, %")
     axes.set_ylabel("risk, %")
     axes.set_title(f"Early exit of verification, confidence {100 * (1 - profile.alpha):g} %")

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, SkipPoint
+from rksc_sgl.calibration.thresholds import SCOPES, CertifiedPoint, CurvePoint, Scope, SkipPoint
 from rksc_sgl.errors import OptionError, ProfileError
 
 FORMAT = "rksc-profile"
@@ -82,14 +82,15 @@ class Profile:
         _check_points(self)
         _check_date(self.created)
 
-    def point_for(self, risk: float) -> CertifiedPoint:
-        """The exit rule with the largest certified delta that is at most ``risk``.
+    def point_for(self, risk: float, scope: Scope = "verdict") -> CertifiedPoint:
+        """The exit rule with the largest certified delta that is at most ``risk``; of a scope.
 
         Raises:
             OptionError: the risk is not a number from 0 to 1.
             ProfileError: nothing is certified at this risk; the message says which risks are.
         """
-        return _largest(self.points, risk, "an exit rule")
+        chosen = [point for point in self.points if point.scope == scope]
+        return _largest(chosen, risk, f"an exit rule for the {scope}")
 
     def skip_point_for(self, risk: float) -> SkipPoint:
         """The skip rule with the largest certified delta that is at most ``risk``.
@@ -322,7 +323,7 @@ _NAMES: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
-_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "Unit": str}
+_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "Unit": str, "Scope": str}
 _PLAIN: dict[str, type] = {
     "model_fingerprint": str,
     "layers": int,
@@ -364,14 +365,16 @@ def _check_points(profile: Profile) -> None:
         _check_open_share("points.delta", point.delta)
         if point.t < 0.0:
             raise ProfileError(f"points.t: must be at least 0, got {point.t!r}")
+        if point.scope not in SCOPES:
+            raise ProfileError(f"points.scope: must be one of {', '.join(SCOPES)}, got {point.scope!r}")
         if point.unit not in ("group", "call"):
             raise ProfileError(f"points.unit: must be group or call, got {point.unit!r}")
     for skip in profile.skip_points:
         _check_open_share("skip_points.delta", skip.delta)
         if not 0.0 <= skip.agreement <= 1.0:
             raise ProfileError(f"skip_points.agreement: must be between 0 and 1, got {skip.agreement!r}")
-    for name, points in (("points", profile.points), ("skip_points", profile.skip_points)):
-        deltas = [point.delta for point in points]
+    named = [("points", [point.delta for point in profile.points if point.scope == scope]) for scope in SCOPES]
+    for name, deltas in [*named, ("skip_points", [point.delta for point in profile.skip_points])]:
         if len(set(deltas)) < len(deltas):
             raise ProfileError(f"{name}.delta: must differ from each other, got {sorted(deltas)}")
 

@@ -1,8 +1,10 @@
 """Which thresholds: exits and skips simulated on full-depth traces, and the boldest ones that can be certified.
 
 The rule for exits has one knob, ``t``: at a candidate layer the read-out says margin ``m`` with error ``scale``, and a
-call leaves when ``abs(m) >= t * scale``. Bigger is safer. ``certify`` walks a grid that is fixed beforehand from the
-safest ``t`` to the boldest (:mod:`rksc_sgl.calibration.risk_control`).
+call leaves when ``abs(m) >= t * scale`` and the candidate layer before said the same verdict with at least
+:data:`CONFIRMATION` of that distance. (To wait until layers agree is the patience of arXiv 2006.04152; on the traces
+that we have seen it halves the flips at the same depth.) Bigger is safer. ``certify`` walks a grid that is fixed
+beforehand from the safest ``t`` to the boldest (:mod:`rksc_sgl.calibration.risk_control`).
 
 What makes a certificate hold: the traces to certify on were not used to fit the read-outs, come from whole forks
 (every call of a fork on the same side of the split), and look like those met in serving. Each delta has a certificate
@@ -27,9 +29,12 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Integers: TypeAlias = npt.NDArray[np.int64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Unit: TypeAlias = Literal["group", "call"]
+Scope: TypeAlias = Literal["verdict", "selection"]
 
+SCOPES: tuple[Scope, ...] = ("verdict", "selection")
+CONFIRMATION = 0.75  # of t, at the candidate layer before
 FULL_DEPTH = -1
-T_GRID = (*range(16, 8, -1), *(round(8.0 - step / 10, 1) for step in range(81)))
+T_GRID = (64, 32, *range(16, 8, -1), *(round(8.0 - step / 10, 1) for step in range(81)))
 AGREEMENT_GRID = tuple(round(1.0 - step / 20, 2) for step in range(20))
 
 
@@ -124,27 +129,27 @@ class CertifiedPoint:
 
     Attributes:
         delta: the bound on each certified risk.
+        scope: ``verdict``: P(a verdict is not that of full depth) <= delta. ``selection``: that, and P(another branch
+            of the fork is selected by score) <= delta, where calls that the selection hangs on are run again at full
+            depth (``resolve_ties`` of :func:`simulate`).
         t: the knob.
-        selection_certified: whether P(another branch is selected) <= delta is certified too, or only the verdicts.
         flip_mean: risk of a flipped verdict as measured (with ``unit="group"`` the mean over groups).
         selection_mean: share of groups with another branch selected, as measured.
         layers_fraction: mean layers run a call as a share of the model's, as measured.
         n_calls: calls that it was tested on.
         n_groups: forks that they belong to.
         unit: what was taken as independent, see :func:`certify`.
-        resolve_ties: whether the certified rule runs again what the selection hangs on, see :func:`simulate`.
     """
 
     delta: float
+    scope: Scope
     t: float
-    selection_certified: bool
     flip_mean: float
     selection_mean: float
     layers_fraction: float
     n_calls: int
     n_groups: int
     unit: Unit
-    resolve_ties: bool
 
 
 def simulate(
@@ -191,16 +196,17 @@ def certify(
     deltas: Sequence[float],
     alpha: float,
     *,
+    scope: Scope = "verdict",
     unit: Unit = "group",
     grid: Sequence[float] = T_GRID,
     prefer: Literal["boldest", "cheapest"] = "boldest",
-    resolve_ties: bool = True,
 ) -> list[CertifiedPoint]:
     """For each delta, a ``t`` whose risks are at most delta with confidence 1 - alpha.
 
-    Two risks: that a verdict is not that of full depth, and that another branch of the group is selected. A ``t``
-    passes when both are rejected at alpha (an intersection-union test, which needs no correction). The second is
-    tested by Clopper-Pearson over groups. The first, by ``unit``:
+    The risk of ``scope="verdict"`` is that a verdict is not that of full depth. That of ``scope="selection"`` is this
+    and that another branch of the group is selected: a ``t`` passes when both are rejected at alpha (an
+    intersection-union test, which needs no correction). The second is tested by Clopper-Pearson over groups. The
+    first, by ``unit``:
 
     ``group``
         Calls of one fork share a problem and are not independent, so the loss of a group is its share of flipped
@@ -210,19 +216,18 @@ def certify(
         Every call is taken as a group of its own: Clopper-Pearson over calls. Right only where calls are
         independent, such as one call a problem.
 
-    Where not one ``t`` passes both, as when the groups are too few for the second, the first is tested alone and the
-    point says ``selection_certified=False``. A delta for which nothing passes has no point.
+    A delta for which nothing passes has no point.
 
     Args:
         traces_calibrate: not those that the read-outs were fitted on.
         readouts: by layer.
         deltas: bounds to try, each above 0 and below 1.
         alpha: 1 - confidence.
+        scope: what is certified.
         unit: what is independent.
         grid: values of ``t``, strictly descending; chosen without looking at the traces.
         prefer: of the ``t`` that passed, the smallest, or the one with the fewest layers run on these traces (both
             are covered by the certificate; they differ where reruns outweigh exits).
-        resolve_ties: the rule that serving will follow, see :func:`simulate`.
 
     Returns:
         Points by ascending delta.
@@ -230,19 +235,18 @@ def certify(
     Raises:
         OptionError: an argument is of no use; the message names it.
     """
-    _check_certify(deltas, alpha, unit, grid, prefer)
+    _check_certify(deltas, alpha, scope, unit, grid, prefer)
     predicted = _predict(traces_calibrate, readouts)
-    runs = [_simulate(predicted, t, resolve_ties) for t in grid]
+    runs = [_simulate(predicted, t, scope == "selection") for t in grid]
     points = []
     for delta in sorted(set(deltas)):
-        flips = [_flip_p(predicted, run, delta, unit) for run in runs]
-        selections = [_rate_p(run.selected_differs, delta) for run in runs]
-        both = fixed_sequence(map(max, flips, selections), alpha)
-        passed = both or fixed_sequence(flips, alpha)
+        p_values = [_flip_p(predicted, run, delta, unit) for run in runs]
+        if scope == "selection":
+            p_values = [max(p, _rate_p(run.selected_differs, delta)) for p, run in zip(p_values, runs, strict=True)]
+        passed = fixed_sequence(p_values, alpha)
         if passed:
             best = _preferred(runs[:passed], prefer)
-            rule = _Rule(float(grid[best]), resolve_ties, unit)
-            points.append(_point(predicted, runs[best], rule, delta, both > 0))
+            points.append(_point(predicted, runs[best], _Rule(float(grid[best]), scope, unit), delta))
     return points
 
 
@@ -355,7 +359,7 @@ class _Rule:
     """What a point certifies."""
 
     t: float
-    resolve_ties: bool
+    scope: Scope
     unit: Unit
 
 
@@ -410,6 +414,9 @@ def _walk(predicted: _Predicted, t: float) -> tuple[Flags, Integers]:
     if not predicted.layers.size:
         return np.zeros(predicted.margin.shape[0], dtype=np.bool_), np.zeros(predicted.margin.shape[0], dtype=np.int64)
     certain = np.abs(predicted.margin) >= t * predicted.scale
+    before = np.sign(predicted.margin[:, 1:]) * predicted.margin[:, :-1]
+    certain[:, 1:] &= before >= CONFIRMATION * t * predicted.scale[:-1]
+    certain[:, 0] = False  # nothing confirms it
     return certain.any(axis=1), certain.argmax(axis=1)
 
 
@@ -448,20 +455,17 @@ def _preferred(runs: Sequence[Simulation], prefer: str) -> int:
     return min(range(len(runs)), key=lambda index: (runs[index].layers_fraction, index))
 
 
-def _point(
-    predicted: _Predicted, run: Simulation, rule: _Rule, delta: float, selection_certified: bool
-) -> CertifiedPoint:
+def _point(predicted: _Predicted, run: Simulation, rule: _Rule, delta: float) -> CertifiedPoint:
     return CertifiedPoint(
         delta=float(delta),
+        scope=rule.scope,
         t=rule.t,
-        selection_certified=selection_certified,
         flip_mean=float((predicted.groups.mean(run.flip) if rule.unit == "group" else run.flip).mean()),
         selection_mean=float(run.selected_differs.mean()),
         layers_fraction=run.layers_fraction,
         n_calls=int(run.flip.size),
         n_groups=int(run.selected_differs.size),
         unit=rule.unit,
-        resolve_ties=rule.resolve_ties,
     )
 
 
@@ -475,8 +479,12 @@ def _check_deltas(deltas: Sequence[float], alpha: float) -> None:
         check_share("deltas", delta)
 
 
-def _check_certify(deltas: Sequence[float], alpha: float, unit: str, grid: Sequence[float], prefer: str) -> None:
+def _check_certify(
+    deltas: Sequence[float], alpha: float, scope: str, unit: str, grid: Sequence[float], prefer: str
+) -> None:
     _check_deltas(deltas, alpha)
+    if scope not in SCOPES:
+        raise OptionError(f"scope: must be one of {', '.join(SCOPES)}, got {scope!r}")
     if unit not in ("group", "call"):
         raise OptionError(f"unit: must be group or call, got {unit!r}")
     if prefer not in ("boldest", "cheapest"):

@@ -126,14 +126,14 @@ def _summary(profile: Profile, found: Certificate, target: Path, picture: Path) 
 
 def _show(profile: Profile, found: Certificate, target: Path, picture: Path) -> None:
     table = Table(title=f"Certified with confidence {1 - profile.alpha:.0%} ({profile.workload})")
-    for column in ("risk", "threshold", "layers run", "covers", "flips on unseen forks", "other branch"):
+    for column in ("risk", "of", "threshold", "layers run", "flips on unseen forks", "other branch"):
         table.add_column(column, justify="right")
     for point, figures in zip(profile.points, found.test, strict=True):
         table.add_row(
             f"{point.delta:g}",
+            point.scope,
             f"{point.t:g}",
             f"{point.layers_fraction:.0%}",
-            "verdicts and selection" if point.selection_certified else "verdicts only",
             f"{figures.flips} of {figures.calls}",
             f"{figures.selected_differs} of {figures.groups}",
         )

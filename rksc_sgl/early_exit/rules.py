@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from rksc_sgl.calibration.readout import LinearReadout
+from rksc_sgl.calibration.thresholds import CONFIRMATION
 
 PUBLISHED_FIRST_LAYER = 2
 
@@ -51,9 +52,10 @@ class ExitRule(Protocol):
 
 
 class CertifiedRule:
-    """A linear read-out for each layer; a sequence leaves when its margin is ``t`` error scales away from 0.
+    """A linear read-out for each layer; a sequence leaves when its margin is ``t`` error scales away from 0 and the
+    look before said the same verdict with at least :data:`CONFIRMATION` of that distance.
 
-    The threshold is that of a certified point of a profile: Learn-then-Test, arXiv 2110.01052.
+    The same rule as in :mod:`rksc_sgl.calibration.thresholds`, which certifies it (Learn-then-Test, arXiv 2110.01052).
     """
 
     name = "certified"
@@ -63,6 +65,7 @@ class CertifiedRule:
         self._readouts = {
             layer: (torch.from_numpy(one.weight.copy()), one.bias, one.scale) for layer, one in sorted(readouts.items())
         }
+        self._before = dict(zip(list(self._readouts)[1:], self._readouts, strict=False))
 
     @property
     def layers(self) -> Sequence[int]:
@@ -71,7 +74,12 @@ class CertifiedRule:
     def look(self, layer: int, states: torch.Tensor, memory: dict[int, torch.Tensor]) -> Look:
         weight, bias, scale = self._readouts[layer]
         margin = states.float() @ weight.to(states.device) + bias
-        return Look(margin, margin.abs() >= self.t * scale, self.t * scale)
+        memory[layer] = margin
+        earlier = self._before.get(layer)
+        if earlier is None:
+            return Look(margin, torch.zeros_like(margin, dtype=torch.bool), 0.0)
+        confirmed = margin.sign() * memory[earlier] >= CONFIRMATION * self.t * self._readouts[earlier][2]
+        return Look(margin, (margin.abs() >= self.t * scale) & confirmed, self.t * scale)
 
 
 class PublishedRule:

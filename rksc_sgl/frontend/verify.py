@@ -28,6 +28,7 @@ from rksc_sgl.frontend.endpoint import BranchEndpoint
 from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
 from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of, unresolved
 from rksc_sgl.frontend.skip import SkipDecision, SkipGate
+from rksc_sgl.options import SCOPES
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def verify_gated(
     extract: Callable[[str], str | None] = extract_answer,
     exit: str = "certified",
     risk: float | None = None,
+    scope: str = "selection",
 ) -> Verdict:
     """Verify each branch's ``var`` in place, unless the branches are decisive, and select the best branch.
 
@@ -115,8 +117,10 @@ def verify_gated(
         extract: the answer in a branch's text, in a form that can be compared, or None.
         exit: whether a verification may stop at an intermediate layer of the model: ``certified`` where the server
             has a profile for this question that says so, ``published`` by the uncertified rule of the paper, ``off``.
-        risk: with ``certified``: the largest acceptable share of changed verdicts (and, with ``select="score"``, of
-            changed selections where the profile certifies that too). None takes the server's, 0.01.
+        risk: with ``certified``: the largest acceptable share of what ``scope`` names. None takes the server's, 0.01.
+        scope: ``selection``: neither a verdict nor the selected branch may change; verdicts that the selection by score
+            hangs on are asked for again at full depth, and with another selector nothing exits, for nothing else is
+            certified. ``verdict``: the scores may move as long as their verdicts stay, and the selection with them.
 
     Returns:
         The :class:`Verdict`. A failed or empty branch loses; it never brings the rest down.
@@ -144,7 +148,7 @@ def verify_gated(
         gate = _certified_gate(members, asked, risk) or gate
     decision = _decide(gate, members, select)
     if not decision.skip:
-        _verify(members, asked, labels, {"exit": exit, "risk": risk}, resolve=select == "score")
+        _verify(members, asked, labels, _early(exit, risk, scope, select), resolve=scope == "selection")
     else:
         _count_unspent(members, asked)
     # A branch can fail in verification too, so this is looked at again.
@@ -189,6 +193,16 @@ def _collect(index: int, state: ProgramState, var: str, extract: Callable[[str],
     branch.answer = extract(text)
     branch.confidence = meta_info.get("confidence")
     return branch
+
+
+def _early(exit: str, risk: float | None, scope: str, select: str | Selector) -> dict[str, Any]:
+    """The options of early exit for every verification of the fork."""
+    if scope not in SCOPES:
+        raise OptionError(f"scope: must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if exit == "certified" and scope == "selection" and select != "score":
+        logger.info("verify_gated: only the selection by score is certified: verification runs at full depth")
+        return {"exit": "off"}
+    return {"exit": exit, "risk": risk, "scope": scope if exit == "certified" else None}
 
 
 def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> SkipDecision:
@@ -236,7 +250,7 @@ def _verify(
     """Ask for each branch that is alive; all in one request, so that they form one batch.
 
     Args:
-        early: the options ``exit`` and ``risk``.
+        early: the options ``exit``, ``risk`` and ``scope``.
         resolve: whether to ask again, at full depth, for the verdicts that the selection by score hangs on.
     """
     alive = [branch for branch in members if branch.error is None]

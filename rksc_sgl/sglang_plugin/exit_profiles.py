@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rksc_sgl.calibration.profile import Profile, fingerprint_of_model, load
+from rksc_sgl.calibration.thresholds import SCOPES, Scope
 from rksc_sgl.early_exit.audit import Audit
 from rksc_sgl.early_exit.rules import CertifiedRule, ExitRule
 from rksc_sgl.errors import OptionError, ProfileError
@@ -34,7 +35,7 @@ class ExitProfiles:
     audit: Audit = field(default_factory=Audit)
     exits: dict[str, int] = field(default_factory=dict)  # by rule
     layers_saved: int = 0
-    _rules: dict[tuple[int, float], CertifiedRule] = field(default_factory=dict)
+    _rules: dict[tuple[int, Scope, float], CertifiedRule] = field(default_factory=dict)
 
     @classmethod
     def for_server(cls, model: Path, dtype: str, settings: Settings) -> ExitProfiles:
@@ -63,7 +64,7 @@ class ExitProfiles:
             for problem in problems:
                 logger.warning("rksc: no layer exit by this profile: %s", problem)
         for profile in found:
-            points = ", ".join(f"{point.delta:g}" for point in profile.points) or "none"
+            points = ", ".join(f"{point.delta:g} ({point.scope})" for point in profile.points) or "none"
             logger.info("rksc: profile of %s (%s): certified risks %s", profile.created, profile.workload, points)
         return cls(tuple(found), here, settings, "; ".join(problems) or cls.why_none, audit)
 
@@ -76,12 +77,12 @@ class ExitProfiles:
             return None, "no profile covers this verification prompt"
         profile = self.profiles[index]
         try:
-            point = profile.point_for(DEFAULT_RISK if options.risk is None else options.risk)
+            point = profile.point_for(DEFAULT_RISK if options.risk is None else options.risk, _scope(options))
         except ProfileError as error:
             return None, str(error)
         if not self.audit.allows(point.delta):
             return None, f"the audit refuted the certificate at {point.delta:g}"
-        key = (index, point.delta)
+        key = (index, point.scope, point.delta)
         if key not in self._rules:
             self._rules[key] = CertifiedRule(profile.readouts, point.t, point.delta)
         return self._rules[key], ""
@@ -97,7 +98,7 @@ class ExitProfiles:
         problems = []
         for profile in self.profiles:
             try:
-                profile.point_for(options.risk)
+                profile.point_for(options.risk, _scope(options))
                 return
             except ProfileError as error:
                 problems.append(str(error))
@@ -105,7 +106,7 @@ class ExitProfiles:
 
     def label_ids(self, rule: ExitRule, options: RequestOptions) -> tuple[Sequence[int], Sequence[int]]:
         """Tokens of the first label and of the others, under a rule."""
-        for (index, _), known in self._rules.items():
+        for (index, *_), known in self._rules.items():
             if known is rule:
                 return self.profiles[index].yes_ids, self.profiles[index].no_ids
         return options.yes_ids, options.no_ids
@@ -127,7 +128,7 @@ class ExitProfiles:
                     "question_ids": list(profile.question_ids),
                     "created": profile.created,
                     "workload": profile.workload,
-                    "risks": [point.delta for point in profile.points],
+                    "risks": {s: [p.delta for p in profile.points if p.scope == s] for s in SCOPES},
                     "skip": [{"risk": point.delta, "agreement": point.agreement} for point in profile.skip_points],
                 }
                 for profile in self.profiles
@@ -138,6 +139,10 @@ class ExitProfiles:
             "disagreed": sum(self.audit.disagreed.values()),
             "broken": sorted(self.audit.broken),
         }
+
+
+def _scope(options: RequestOptions) -> Scope:
+    return "selection" if options.scope == "selection" else "verdict"
 
 
 def _fits(profile: Profile, prompt_ids: Sequence[int], options: RequestOptions) -> bool:

@@ -68,7 +68,9 @@ def test_a_signal_is_certified_and_holds_on_forks_that_were_not_used() -> None:
     skip = SkipTraces(np.ones(900), np.zeros(900), np.zeros(900, dtype=np.bool_))
     found = certificate(traces, skip, (0.02, 0.05), 0.05)
     assert found.r2[4] > found.r2[2] > 0.7
-    assert [point.delta for point in found.points] == [0.02, 0.05]
+    assert [(point.scope, point.delta) for point in found.points] == [
+        (scope, delta) for scope in ("verdict", "selection") for delta in (0.02, 0.05)
+    ]
     assert all(point.layers_fraction < 1.0 for point in found.points)
     for point, test in zip(found.points, found.test, strict=True):
         assert test.flips / test.calls <= point.delta

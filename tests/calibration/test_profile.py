@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from rksc_sgl.calibration.plot import plot_risk
 from rksc_sgl.calibration.profile import Profile, fingerprint_of_model, fingerprint_of_prompt, load
 from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, SkipPoint
+from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, Scope, SkipPoint
 from rksc_sgl.errors import OptionError, ProfileError
 
 
-def point(delta: float, t: float) -> CertifiedPoint:
-    return CertifiedPoint(delta, t, True, delta / 3, delta / 4, 0.5 + t / 20, 4000, 500, "group", True)
+def point(delta: float, t: float, scope: Scope = "verdict") -> CertifiedPoint:
+    return CertifiedPoint(delta, scope, t, delta / 3, delta / 4, 0.5 + t / 20, 4000, 500, "group")
 
 
 def profile(seed: int = 0, hidden: int = 48) -> Profile:
@@ -36,7 +36,7 @@ def profile(seed: int = 0, hidden: int = 48) -> Profile:
         no_ids=(3,),
         layers=30,
         readouts=readouts,
-        points=(point(0.01, 3.2), point(0.05, 1.7)),
+        points=(point(0.01, 3.2), point(0.05, 1.7), point(0.02, 5.0, "selection")),
         alpha=0.05,
         skip_points=(SkipPoint(0.01, 0.85, 0.0, 0.4, 0.002, 500),),
         curve=(CurvePoint(4.0, 0.0, 0.0, 0.9), CurvePoint(0.1, 0.07, 0.1, 0.2)),
@@ -126,7 +126,7 @@ def test_any_changed_byte_is_noticed_or_does_not_matter(tmp_path_factory: Any, d
         (lambda d: d["body"]["points"][0].update(delta=2), "points.delta: must be above 0"),
         (lambda d: d["body"]["points"][0].update(delta=0.05), "points.delta: must differ"),
         (lambda d: d["body"]["points"][0].update(unit="fork"), "points.unit"),
-        (lambda d: d["body"]["points"][0].update(selection_certified=1), "selection_certified: must be true or false"),
+        (lambda d: d["body"]["points"][0].update(scope="branch"), "points.scope: must be one of verdict, selection"),
         (lambda d: d["body"]["skip_points"][0].update(agreement=7), "skip_points.agreement"),
         (lambda d: d["body"]["readouts"][0].update(weight="%%%"), "readouts.weight: must be base64"),
         (lambda d: d["body"]["readouts"][0].update(weight="AAAAAAA="), "readouts.weight: must be base64"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rksc_sgl.calibration.readout import LinearReadout, fit_readouts
 from rksc_sgl.calibration.thresholds import (
+    CONFIRMATION,
     FULL_DEPTH,
     T_GRID,
     SkipTraces,
@@ -67,9 +68,12 @@ def slow_walk(traces: Traces, readouts: dict[int, LinearReadout], t: float):
     used, width, layer = traces.margin.copy(), np.zeros(n), np.full(n, FULL_DEPTH)
     cost, rerun = np.ones(n), np.zeros(n, dtype=bool)
     for call in range(n):
+        before, needed = 0.0, math.inf
         for column, name in enumerate(traces.layers):
             said = float(readouts[name].predict(traces.hidden[call : call + 1, column])[0])
-            if abs(said) >= t * readouts[name].scale:
+            confirmed = math.copysign(1, said) * before >= needed
+            before, needed = said, CONFIRMATION * t * readouts[name].scale
+            if abs(said) >= t * readouts[name].scale and confirmed:
                 used[call], width[call], layer[call] = said, t * readouts[name].scale, name
                 cost[call] = name / traces.model_layers
                 break
@@ -112,16 +116,16 @@ def test_the_simulation_is_the_rule_call_by_call(seed: int, t: float) -> None:
 
 def test_calls_leave_at_the_first_layer_that_is_certain() -> None:
     traces, readouts = by_hand(
-        predicted=[[3, 0], [1, -2.5], [1, 1], [-4, 0]],
-        margin=[2.0, -1.0, 0.5, 0.5],
-        group=[0, 1, 2, 3],
-        confidence=[1, 1, 1, 1],
+        predicted=[[1.5, 3], [-2, -2.5], [1, 1], [-1.5, -4], [1.4, 9], [-9, 9]],
+        margin=[2.0, -1.0, 0.5, 0.5, 0.1, 0.1],
+        group=[0, 1, 2, 3, 4, 5],
+        confidence=[1] * 6,
     )
     run = simulate(traces, readouts, 2.0)
-    assert run.exit_layer.tolist() == [5, 10, FULL_DEPTH, 5]
-    assert run.margin.tolist() == [3.0, -2.5, 0.5, -4.0]
-    assert run.flip.tolist() == [False, False, False, True]
-    assert run.layers_fraction == pytest.approx((0.25 + 0.5 + 1 + 0.25) / 4)
+    assert run.exit_layer.tolist() == [10, 10, FULL_DEPTH, 10, FULL_DEPTH, FULL_DEPTH]
+    assert run.margin.tolist() == [3.0, -2.5, 0.5, -4.0, 0.1, 0.1]
+    assert run.flip.tolist() == [False, False, False, True, False, False]
+    assert run.layers_fraction == pytest.approx((0.5 * 3 + 1 * 3) / 6)
     assert not run.selected_differs.any() and not run.rerun.any()
 
 
@@ -134,13 +138,13 @@ def test_a_selection_within_the_error_is_resolved_at_full_depth_and_paid_for() -
     )
     resolved = simulate(traces, readouts, 2.0)
     assert resolved.rerun.tolist() == [True, True, False]
-    assert resolved.exit_layer.tolist() == [FULL_DEPTH, FULL_DEPTH, 5]
+    assert resolved.exit_layer.tolist() == [FULL_DEPTH, FULL_DEPTH, 10]
     assert resolved.margin.tolist() == [3.0, 3.5, -9.0]
     assert resolved.selected_differs.tolist() == [False]
-    assert resolved.layers_fraction == pytest.approx((1.25 + 1.25 + 0.25) / 3)
+    assert resolved.layers_fraction == pytest.approx((1.5 + 1.5 + 0.5) / 3)
     trusting = simulate(traces, readouts, 2.0, resolve_ties=False)
     assert trusting.selected_differs.tolist() == [True]
-    assert trusting.layers_fraction == pytest.approx(0.25)
+    assert trusting.layers_fraction == pytest.approx(0.5)
 
 
 def test_a_leader_that_nobody_can_reach_stands() -> None:
@@ -162,17 +166,19 @@ def test_a_bigger_knob_never_flips_more_on_average() -> None:
     assert [point.t for point in curve] == [6.0, 3.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("scope", ["verdict", "selection"])
 @pytest.mark.parametrize("unit", ["group", "call"])
-def test_a_certified_point_saves_layers_and_holds_on_fresh_forks(unit: str) -> None:
-    points = certify(synthetic(1500, 3), READOUTS, (0.02, 0.01, 0.05), 0.1, unit=unit)  # type: ignore[arg-type]
+def test_a_certified_point_saves_layers_and_holds_on_fresh_forks(unit: str, scope: str) -> None:
+    points = certify(synthetic(1500, 3), READOUTS, (0.02, 0.01, 0.05), 0.1, unit=unit, scope=scope)  # type: ignore[arg-type]
     assert [point.delta for point in points] == [0.01, 0.02, 0.05]
     fresh = synthetic(4000, 4)
     for point in points:
-        assert point.selection_certified and point.unit == unit
+        assert (point.scope, point.unit) == (scope, unit)
         assert (point.n_groups, point.n_calls) == (1500, 1500 * BRANCHES)
         assert point.layers_fraction < 0.9
-        run = simulate(fresh, READOUTS, point.t)
-        assert run.flip.mean() <= point.delta and run.selected_differs.mean() <= point.delta
+        run = simulate(fresh, READOUTS, point.t, resolve_ties=scope == "selection")
+        assert run.flip.mean() <= point.delta
+        assert scope == "verdict" or run.selected_differs.mean() <= point.delta
     assert [point.t for point in points] == sorted((point.t for point in points), reverse=True)
 
 
@@ -182,8 +188,7 @@ def test_certificates_are_broken_at_most_alpha_of_the_time() -> None:
     truth = {point.t: point for point in measure_curve(synthetic(20_000, 5), READOUTS, grid=COARSE)}
     broken = savings = 0
     for trial in range(trials):
-        (point,) = certify(synthetic(150, 10_000 + trial), READOUTS, [delta], alpha, grid=COARSE)
-        assert point.selection_certified
+        (point,) = certify(synthetic(150, 10_000 + trial), READOUTS, [delta], alpha, scope="selection", grid=COARSE)
         broken += truth[point.t].flip_rate > delta or truth[point.t].selection_rate > delta
         savings += point.layers_fraction < 1.0
     assert broken / trials <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
@@ -216,13 +221,13 @@ def test_the_cheapest_of_the_certified_never_costs_more_than_the_boldest() -> No
         assert cheap.layers_fraction <= bold.layers_fraction and cheap.t >= bold.t
 
 
-def test_too_few_groups_certify_the_verdicts_alone_and_say_so() -> None:
+def test_too_few_groups_certify_nothing() -> None:
     few = synthetic(60, 10)  # (1 - 0.02) ** 60 > 0.1: not even 60 groups without a fault would do
     assert certify(few, READOUTS, [0.02], 0.1, unit="group") == []
+    assert certify(few, READOUTS, [0.02], 0.1, unit="call", scope="selection") == []
     (point,) = certify(few, READOUTS, [0.02], 0.1, unit="call")
-    assert not point.selection_certified and point.n_groups == 60
-    (wider,) = certify(few, READOUTS, [0.1], 0.1, unit="group")
-    assert wider.selection_certified
+    assert point.n_groups == 60
+    assert len(certify(few, READOUTS, [0.1], 0.1, unit="group", scope="selection")) == 1
 
 
 def test_calls_that_fall_together_are_not_counted_as_independent() -> None:
@@ -242,13 +247,15 @@ def test_calls_that_fall_together_are_not_counted_as_independent() -> None:
     assert len(certify(traces, readouts, [0.05], 0.1, unit="call", grid=(2.5,))) == 1
 
 
-def test_a_rule_without_reruns_is_certified_as_such() -> None:
+def test_the_selection_is_certified_with_reruns_and_the_verdict_without() -> None:
     traces = synthetic(400, 14)
-    (resolving,) = certify(traces, READOUTS, [0.1], 0.1)
-    (trusting,) = certify(traces, READOUTS, [0.1], 0.1, resolve_ties=False)
-    assert resolving.resolve_ties and not trusting.resolve_ties
-    assert trusting.selection_mean == simulate(traces, READOUTS, trusting.t, resolve_ties=False).selected_differs.mean()
-    assert trusting.selection_certified and trusting.t > resolving.t
+    for scope, resolve in (("verdict", False), ("selection", True)):
+        (point,) = certify(traces, READOUTS, [0.1], 0.1, scope=scope)  # type: ignore[arg-type]
+        run = simulate(traces, READOUTS, point.t, resolve_ties=resolve)
+        assert point.selection_mean == run.selected_differs.mean()
+        assert point.layers_fraction == run.layers_fraction
+    with pytest.raises(OptionError, match="scope"):
+        certify(traces, READOUTS, [0.1], 0.1, scope="branch")  # type: ignore[arg-type]
 
 
 def test_the_grid_goes_from_the_safest_to_the_boldest() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rksc_sgl.calibration.readout import LinearReadout
+from rksc_sgl.calibration.thresholds import CONFIRMATION
 from rksc_sgl.early_exit.audit import Audit
 from rksc_sgl.early_exit.rules import CertifiedRule, PublishedRule, margin_of, verdict_logits
 from rksc_sgl.early_exit.walk import Watched, walk
@@ -47,38 +48,45 @@ def states_of(margins: dict[int, list[float]]) -> dict[int, torch.Tensor]:
 
 
 def test_each_sequence_leaves_at_its_first_certain_layer_and_the_rest_is_compacted() -> None:
-    rule = rule_of([2, 4])
-    a_pass = RecordedPass(states_of({2: [3.0, 0.1, 0.2], 4: [9.0, -2.0, 0.3]}), 3)
-    watched = [Watched(place, rule) for place in range(3)]
-    there = walk(a_pass, 3, watched)
-    assert there == [2]
-    assert [(one.exit_layer, one.margin) for one in watched] == [(2, 3.0), (4, -2.0), (None, None)]
-    assert a_pass.ran == [(2, (0, 1, 2)), (4, (1, 2))]
+    rule = rule_of([2, 4, 6])
+    states = {2: [3.0, -0.8, 0.2, 9.0], 4: [3.0, -0.9, 0.3, -9.0], 6: [0.0, -2.0, 9.0, 0.0]}
+    a_pass = RecordedPass(states_of(states), 4)
+    watched = [Watched(place, rule) for place in range(4)]
+    there = walk(a_pass, 4, watched)
+    assert there == [2, 3], "the look before must have said the same, and nearly as clearly"
+    exits = [(one.exit_layer, one.margin) for one in watched]
+    assert exits == [(4, 3.0), (6, -2.0), (None, None), (None, None)]
+    assert a_pass.ran == [(2, (0, 1, 2, 3)), (4, (0, 1, 2, 3)), (6, (1, 2, 3))]
 
 
 def test_sequences_that_are_not_watched_stay_to_the_end() -> None:
-    rule = rule_of([2])
-    there = walk(RecordedPass(states_of({2: [5.0, 5.0, 5.0]}), 3), 3, [Watched(1, rule)])
+    rule, states = rule_of([2, 4]), states_of({2: [5.0] * 3, 4: [5.0] * 3})
+    there = walk(RecordedPass(states, 3), 3, [Watched(1, rule)])
     assert there == [0, 2]
 
 
 def test_nothing_is_run_after_the_last_one_left() -> None:
-    a_pass = RecordedPass(states_of({2: [5.0, -5.0], 4: [0.0, 0.0]}), 2)
-    assert walk(a_pass, 2, [Watched(place, rule_of([2, 4])) for place in range(2)]) == []
-    assert a_pass.ran == [(2, (0, 1))]
+    a_pass = RecordedPass(states_of({2: [5.0, -5.0], 4: [5.0, -5.0], 6: [0.0, 0.0]}), 2)
+    assert walk(a_pass, 2, [Watched(place, rule_of([2, 4, 6])) for place in range(2)]) == []
+    assert a_pass.ran == [(2, (0, 1)), (4, (0, 1))]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_state_that_is_no_number_is_never_certain(bad: float) -> None:
-    one = Watched(0, rule_of([2]))
-    assert walk(RecordedPass(states_of({2: [bad]}), 1), 1, [one]) == [0]
+    one = Watched(0, rule_of([2, 4]))
+    assert walk(RecordedPass(states_of({2: [bad], 4: [bad]}), 1), 1, [one]) == [0]
     assert one.exit_layer is None
+
+
+def test_a_look_that_was_no_number_confirms_nothing() -> None:
+    one = Watched(0, rule_of([2, 4]))
+    assert walk(RecordedPass(states_of({2: [float("nan")], 4: [9.0]}), 1), 1, [one]) == [0]
 
 
 def test_an_audited_sequence_says_where_it_would_have_left_and_goes_on() -> None:
     one, other = Watched(0, rule_of([2, 4]), audited=True), Watched(1, rule_of([2, 4]))
-    assert walk(RecordedPass(states_of({2: [5.0, 5.0], 4: [-7.0, 0.0]}), 2), 2, [one, other]) == [0]
-    assert (one.exit_layer, one.margin, one.left) == (2, 5.0, False)
+    assert walk(RecordedPass(states_of({2: [5.0, 5.0], 4: [7.0, 5.0]}), 2), 2, [one, other]) == [0]
+    assert (one.exit_layer, one.margin, one.left) == (4, 7.0, False)
 
 
 def test_traces_are_kept_for_each_layer_asked_for_without_a_rule() -> None:
@@ -88,8 +96,8 @@ def test_traces_are_kept_for_each_layer_asked_for_without_a_rule() -> None:
 
 
 def test_one_rank_may_overrule_what_another_computed() -> None:
-    one = Watched(0, rule_of([2]))
-    assert walk(RecordedPass(states_of({2: [5.0]}), 1), 1, [one], agree=torch.zeros_like) == [0]
+    one = Watched(0, rule_of([2, 4]))
+    assert walk(RecordedPass(states_of({2: [5.0], 4: [5.0]}), 1), 1, [one], agree=torch.zeros_like) == [0]
 
 
 @given(
@@ -107,7 +115,12 @@ def test_the_walk_equals_looking_at_each_sequence_alone(
     watched = [Watched(place, rule_of(layers, t), audited=place in audited) for place in range(size)]
     there = walk(RecordedPass(states, size), size, watched)
     for one, row in zip(watched, margins, strict=True):
-        certain = [(layer, m) for layer, m in zip(layers, row, strict=True) if abs(np.float32(m)) >= np.float32(t)]
+        told = np.array(row, dtype=np.float32)
+        certain = [
+            (layers[at], row[at])
+            for at in range(1, len(layers))
+            if abs(told[at]) >= np.float32(t) and np.sign(told[at]) * told[at - 1] >= np.float32(CONFIRMATION * t)
+        ]
         expected = certain[0] if certain else (None, None)
         assert one.exit_layer == expected[0]
         assert one.margin == (None if expected[1] is None else pytest.approx(expected[1], abs=1e-6))

@@ -23,7 +23,7 @@ ASKED = [1, 2, 3, *QUESTION]
 
 def profile(model: Path, dtype: str = "float32", deltas: tuple[float, ...] = (0.01, 0.05)) -> Profile:
     readouts = {2: LinearReadout(np.ones(64, np.float32), 0.0, 1.0)}
-    points = tuple(CertifiedPoint(d, 1 / d, True, 0.0, 0.0, 0.5, 9, 9, "group", True) for d in deltas)
+    points = tuple(CertifiedPoint(d, "verdict", 1 / d, 0.0, 0.0, 0.5, 9, 9, "group") for d in deltas)
     return Profile(server_fingerprint(model, dtype), QUESTION, (4,), (5,), 6, readouts, points, 0.05)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from rksc_sgl.calibration.profile import Profile
 from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import CertifiedPoint
+from rksc_sgl.calibration.thresholds import CONFIRMATION, CertifiedPoint
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.server_process import ServerProcess
 from rksc_sgl.sglang_plugin.exit_profiles import server_fingerprint
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 LAYERS, HIDDEN = 6, 64
 YES, NO = (40, 41), (50,)
 SURE = (300, 301, 302, 303)  # the question whose profile lets everyone leave after two layers
-SOME = (310, 311, 312)  # the one whose profile lets some leave after two, some after four, some never
+SOME = (310, 311, 312)  # the one whose profile lets some leave after three layers, some later, some never
 AUDIT_RATE = 0.5
 
 
@@ -90,7 +90,7 @@ def prompt_of(seed: int, question: Sequence[int], length: int = 20) -> list[int]
 
 
 def profile_of(model: Path, question: Sequence[int], readouts: dict[int, LinearReadout], t: float) -> Profile:
-    point = CertifiedPoint(0.01, t, True, 0.0, 0.0, 0.5, 100, 100, "group", True)
+    point = CertifiedPoint(0.01, "verdict", t, 0.0, 0.0, 0.5, 100, 100, "group")
     return Profile(server_fingerprint(model, "float32"), tuple(question), YES, NO, LAYERS, readouts, (point,), 0.05)
 
 
@@ -101,11 +101,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("exits")
     model = write_tiny_model(home / "six-layers", num_hidden_layers=LAYERS)
     weight = np.random.default_rng(5).normal(size=HIDDEN).astype(np.float32)
-    sure = profile_of(model, SURE, {2: LinearReadout(weight * 0, 3.0, 1.0), 4: LinearReadout(weight, 0.0, 1.0)}, 1.0)
-    readouts = {
-        layer: LinearReadout(weight * (layer == 2) + np.roll(weight, 1) * (layer == 4), 0.0, 6.0) for layer in (2, 4)
-    }
-    some = profile_of(model, SOME, readouts, 1.0)
+    always = LinearReadout(weight * 0, 3.0, 1.0)
+    sure = profile_of(model, SURE, {1: always, 2: always, 4: LinearReadout(weight, 0.0, 1.0)}, 1.0)
+    readouts = {1: weight, 3: weight, 4: np.roll(weight, 1), 5: np.roll(weight, 1)}
+    some = profile_of(model, SOME, {at: LinearReadout(one, 0.0, 4.0) for at, one in readouts.items()}, 1.0)
     for profile in (sure, some):
         profile.save(home / "cache" / "rksc" / "profiles" / profile.file_name)
     variables = {"XDG_CACHE_HOME": str(home / "cache"), "RKSC_TRACE": "1", "RKSC_AUDIT_RATE": str(AUDIT_RATE)}
@@ -133,11 +132,12 @@ def leave(served: Served, prompts: Sequence[Sequence[int]], name: str, **options
 
 def expected_exit(served: Served, prompt: Sequence[int]) -> tuple[int, float] | None:
     """Layer and margin by the profile ``some``, from the oracle's states."""
-    states = served.states(prompt)
+    states, before = served.states(prompt), 0.0
     for layer, readout in served.some.readouts.items():
         margin = float(readout.predict(states[layer][None])[0])
-        if abs(margin) >= readout.scale:
+        if abs(margin) >= readout.scale and np.sign(margin) * before >= CONFIRMATION * readout.scale:
             return layer, margin
+        before = margin
     return None
 
 
@@ -162,7 +162,8 @@ def test_certain_verdicts_leave_and_their_margin_is_read_in_the_usual_place(serv
 def test_a_batch_of_mixed_exit_levels_equals_the_oracle(served: Served) -> None:
     prompts = [prompt_of(100 + seed, SOME, 10 + seed) for seed in range(12)]
     expected = [expected_exit(served, prompt) for prompt in prompts]
-    assert {None if one is None else one[0] for one in expected} == {2, 4, None}, "the prompts must differ"
+    levels = {None if one is None else one[0] for one in expected}
+    assert None in levels and len(levels) >= 3, "the prompts must differ"
     for prompt, report, right in zip(prompts, leave(served, prompts, "some"), expected, strict=True):
         if right is None:
             assert report["layers_saved"] == 0
