@@ -91,7 +91,7 @@ def run_layers(
 
     layer_pass = SplitPass(runner, forward_batch, run)
     there = walk(layer_pass, forward_batch.batch_size, watched, _agreement())
-    output = layer_pass.finish(there)
+    output = layer_pass.finish() if there else layer_pass.give_up()
     for one in watched:
         _settle(one, requests[one.place], output.next_token_logits[one.place], runner)
     return output
@@ -141,6 +141,7 @@ def _refusal(runner: Any, batch: Any) -> str:
         "multimodal input": any(one is not None for one in batch.mm_inputs or ()),
         "embeddings as input": batch.input_embeds is not None or batch.replace_embeds is not None,
         "an encoder": batch.encoder_lens is not None,
+        "positions of several dimensions": batch.mrope_positions is not None,
         "two-batch overlap": bool(batch.tbo_children),
         "hidden states in the answer": captured is not None and captured.need_capture(),
     }

@@ -1,20 +1,38 @@
-"""SGLang's split prefill as a pass that can lose sequences between layers."""
+"""SGLang's split prefill as a pass that can lose rows between layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-class SplitPass:
-    """Runs an extend batch in layer intervals; sequences that left are computed no further.
+@dataclass(frozen=True)
+class Run:
+    """Consecutive new tokens of one sequence of an extend batch.
 
-    What is left is compacted: a copy of the ``ForwardBatch`` with the rows of those that stay, and the complete
-    hidden state written back as the residual. The last layer runs for the whole batch again, with zeros for those
-    that left, so that the logits processor finds the batch that it was told of; their logits mean nothing.
+    Attributes:
+        place: the sequence's place in the batch.
+        begin, end: among its new tokens, from 0.
+    """
+
+    place: int
+    begin: int
+    end: int
+
+
+class SplitPass:
+    """Runs an extend batch in layer intervals, after any of which it can go on with some of its rows only.
+
+    What is left is a copy of the ``ForwardBatch`` in which each :class:`Run` is a sequence of its own on the same
+    slots: what comes before it is its prefix, whoever wrote the KV there. Keys and values of a layer are written for
+    the whole batch before attention reads any, so later runs of a sequence see the earlier ones. The logits processor
+    is given the whole batch at the end, with zeros for the rows that were left out: those of a sequence whose last
+    token was left out mean nothing.
     """
 
     def __init__(self, runner: Any, forward_batch: Any, run: Callable[..., Any]) -> None:
@@ -26,85 +44,113 @@ class SplitPass:
         """
         self.runner, self.full, self.current, self._run = runner, forward_batch, forward_batch, run
         self.layers = runner.model_config.num_hidden_layers
-        self.places = list(range(forward_batch.batch_size))
+        self.lengths: list[int] = list(forward_batch.extend_seq_lens_cpu)
+        self.starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+        self.rows = torch.arange(self.starts[-1])  # of the whole batch, that are still there
         self.layer = 0
         self._fresh = True  # attention metadata must be made for the current batch
 
     def run_to(self, layer: int) -> None:
+        """Run until ``layer`` layers have run; not the last one, see :meth:`finish`."""
         if layer > self.layer:
-            result = self._run(self.current, reinit_attn_backend=self._fresh, forward_count=layer - self.layer)
-            assert result is None or layer == self.layers, "a split prefill ended before its last layer"
-            self._fresh = False
-            self.layer = layer
+            self._advance(layer)
 
-    def last_states(self) -> torch.Tensor:
-        ends = torch.tensor(self.current.extend_seq_lens_cpu).cumsum(0) - 1
-        return self.runner.model.model.norm(self._hidden()[ends].contiguous())
-
-    def keep(self, places: Sequence[int]) -> None:
-        hidden = self._hidden()
-        rows = _rows_of(self.current.extend_seq_lens_cpu, places)
-        compact = _compacted(self.current, list(places), rows)
-        self._write(compact, hidden[rows])
-        self.current = compact
-        self.places = [self.places[place] for place in places]
-
-    def finish(self, there: Sequence[int]) -> Any:
-        """Run to the end; the logits processor's output for the whole batch.
-
-        Args:
-            there: places in the whole batch that stayed, as :func:`rksc_sgl.early_exit.walk.walk` returns them.
-        """
-        if self.current is self.full and there:
-            return self._run(self.full, reinit_attn_backend=self._fresh, forward_count=self.layers - self.layer)
-        if there:
-            self.run_to(self.layers - 1)
-        hidden = self._hidden()
-        whole = hidden.new_zeros(self.full.input_ids.shape[0], hidden.shape[1])
-        if there:
-            whole[_rows_of(self.full.extend_seq_lens_cpu, self.places)] = hidden
-        self.full.split_index = self.layers - 1
-        self._write(self.full, whole)
-        return self._run(self.full, reinit_attn_backend=True, forward_count=1)
-
-    def _hidden(self) -> torch.Tensor:
-        """``[rows, hidden]`` complete state between two layers."""
+    def hidden(self) -> torch.Tensor:
+        """``[rows there, hidden]`` complete state between two layers."""
         from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 
         return residual_batch.stream_of(self.current).snapshot(self.current.hidden_states)
 
-    def _write(self, forward_batch: Any, hidden: torch.Tensor) -> None:
+    def last_states(self) -> torch.Tensor:
+        """``[sequences there, hidden]`` last position of each, with the final norm applied."""
+        ends = torch.tensor(self.current.extend_seq_lens_cpu).cumsum(0) - 1
+        return self.runner.model.model.norm(self.hidden()[ends].contiguous())
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these of the sequences that are there (places among them, ascending)."""
+        there = list(dict.fromkeys(torch.bucketize(self.rows, torch.tensor(self.starts[1:]), right=True).tolist()))
+        self.narrow([Run(there[place], 0, self.lengths[there[place]]) for place in places])
+
+    def narrow(self, runs: Sequence[Run]) -> None:
+        """Go on with these runs of rows that are there, in the order of the batch."""
+        rows = torch.cat([torch.arange(self.starts[r.place] + r.begin, self.starts[r.place] + r.end) for r in runs])
+        hidden = self.hidden()[torch.searchsorted(self.rows, rows).to(self.full.input_ids.device)]
+        self.current, self.rows = _batch_of(self.full, runs, rows), rows
+        self.current.split_index = self.layer
+        self._write(hidden)
+
+    def finish(self) -> Any:
+        """Run to the end with what is there; the logits processor's output for the whole batch."""
+        with self._logits_of_the_whole_batch():
+            return self._advance(self.layers)
+
+    def give_up(self) -> Any:
+        """The logits processor's output where nobody needs another layer; of no meaning.
+
+        The last layer runs for one row: a model offers its logits processor only at the end of it.
+        """
+        self.narrow([self._first_run()])
+        self.current.split_index = self.layer = self.layers - 1
+        return self.finish()
+
+    def _first_run(self) -> Run:
+        row = int(self.rows[0])
+        place = next(place for place, end in enumerate(self.starts[1:]) if row < end)
+        return Run(place, row - self.starts[place], row - self.starts[place] + 1)
+
+    def _advance(self, layer: int) -> Any:
+        result = self._run(self.current, reinit_attn_backend=self._fresh, forward_count=layer - self.layer)
+        self._fresh, self.layer = False, layer
+        return result
+
+    def _write(self, hidden: torch.Tensor) -> None:
         from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 
-        forward_batch.hidden_states = residual_batch.set_written(hidden, forward_batch)
+        self.current.hidden_states = residual_batch.set_written(hidden, self.current)
         self._fresh = True
 
+    @contextmanager
+    def _logits_of_the_whole_batch(self) -> Iterator[None]:
+        processor = self.runner.model.logits_processor
+        original = processor.forward
 
-def _rows_of(lengths: Sequence[int], places: Sequence[int]) -> torch.Tensor:
-    """Rows of these sequences in a ragged batch."""
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    return torch.cat([torch.arange(int(starts[place]), int(starts[place + 1])) for place in places])
+        def forward(input_ids: Any, hidden: torch.Tensor, lm_head: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            whole = hidden.new_zeros(self.starts[-1], hidden.shape[1])
+            whole[self.rows.to(hidden.device)] = hidden
+            return original(self.full.input_ids, whole, lm_head, self.full, *args, **kwargs)
+
+        if self.current is self.full:
+            yield
+            return
+        processor.forward = forward
+        try:
+            yield
+        finally:
+            del processor.forward
 
 
-def _compacted(batch: Any, places: list[int], rows: torch.Tensor) -> Any:
-    """A copy of an extend batch with some of its sequences."""
-    compact = copy.copy(batch)
-    device = batch.input_ids.device
-    here, rows = torch.tensor(places, device=device), rows.to(device)
+def _batch_of(full: Any, runs: Sequence[Run], rows: torch.Tensor) -> Any:
+    """A copy of an extend batch whose sequences are runs of its rows."""
+    batch = copy.copy(full)
+    device = full.input_ids.device
+    places = torch.tensor([run.place for run in runs])
+    prefixes = [full.extend_prefix_lens_cpu[run.place] + run.begin for run in runs]
+    lengths = [run.end - run.begin for run in runs]
+    ends = torch.tensor([prefix + length for prefix, length in zip(prefixes, lengths, strict=True)])
+    rows = rows.to(device)
     for name in ("input_ids", "positions", "out_cache_loc"):
-        setattr(compact, name, getattr(batch, name)[rows])
-    for name in ("req_pool_indices", "seq_lens", "orig_seq_lens", "extend_seq_lens", "extend_prefix_lens"):
-        value = getattr(batch, name, None)
-        setattr(compact, name, None if value is None else value[here])
-    for name in ("seq_lens_cpu", "req_pool_indices_cpu"):
-        value = getattr(batch, name, None)
-        setattr(compact, name, None if value is None else value[here.cpu()])
-    for name in ("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "extend_logprob_start_lens_cpu", "rids"):
-        value = getattr(batch, name, None)
-        setattr(compact, name, None if value is None else [value[place] for place in places])
-    compact.batch_size = len(places)
-    compact.extend_num_tokens = int(rows.numel())
-    compact.seq_lens_sum = int(compact.seq_lens_cpu.sum()) if compact.seq_lens_cpu is not None else None
-    lengths = torch.tensor([0, *compact.extend_seq_lens_cpu[:-1]], dtype=torch.int64)
-    compact.extend_start_loc = lengths.cumsum(0).to(device=device, dtype=batch.extend_start_loc.dtype)
-    return compact
+        setattr(batch, name, getattr(full, name)[rows])
+    for name in ("req_pool_indices", "req_pool_indices_cpu", "orig_seq_lens"):
+        value = getattr(full, name, None)
+        setattr(batch, name, None if value is None else value[places.to(value.device)])
+    batch.seq_lens = ends.to(full.seq_lens)
+    batch.seq_lens_cpu = None if full.seq_lens_cpu is None else ends.to(full.seq_lens_cpu)
+    batch.seq_lens_sum = int(ends.sum())
+    batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu = prefixes, lengths
+    batch.extend_prefix_lens = torch.tensor(prefixes).to(full.extend_prefix_lens)
+    batch.extend_seq_lens = torch.tensor(lengths).to(full.extend_seq_lens)
+    batch.extend_start_loc = torch.tensor([0, *lengths[:-1]]).cumsum(0).to(full.extend_start_loc)
+    batch.batch_size, batch.extend_num_tokens = len(runs), int(rows.numel())
+    if full.rids is not None:
+        batch.rids = [full.rids[run.place] for run in runs]
+    return batch

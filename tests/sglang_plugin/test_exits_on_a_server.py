@@ -269,14 +269,18 @@ def test_the_published_rule_says_that_it_certifies_nothing(served: Served) -> No
 
 
 def test_clients_that_go_away_in_the_middle_leave_nothing_behind(served: Served) -> None:
+    gone = 0
     for seed in range(30):
         prompts = [prompt_of(1000 + 7 * seed + n, SURE if n % 2 else SOME, 200) for n in range(4)]
         body = {
             "input_ids": prompts,
             "sampling_params": [{"max_new_tokens": 1, "custom_params": {"rksc": {"op": "verify"}}}] * 4,
         }
-        with pytest.raises(httpx.ReadTimeout):
+        try:
             httpx.post(f"{served.url}/generate", json=body, timeout=httpx.Timeout(5.0, read=0.002 * (1 + seed % 9)))
+        except httpx.ReadTimeout:
+            gone += 1
+    assert gone >= 10
     deadline = time.monotonic() + 60
     while any(load_of(served).values()) and time.monotonic() < deadline:
         time.sleep(0.2)
