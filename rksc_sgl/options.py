@@ -15,11 +15,12 @@ from typing import Any
 from rksc_sgl.errors import OptionError
 
 KEY = "rksc"
-SHARE_MODES = ("auto", "exact")
+SHARE_MODES = ("auto", "exact", "blend")
 OPERATIONS = ("branch", "verify")
 EXITS = ("certified", "published", "off")
 SCOPES = ("verdict", "selection")
 DEFAULT_THETA, DEFAULT_EPS = 8.0, 3.0  # nats; arXiv 2606.09937
+DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, DEFAULT_DEVIATION = 16, 0.15, 0.1
 MAX_LABEL_IDS = 64
 MAX_TRACE_LAYERS = 64
 MAX_GROUP_LENGTH = 128
@@ -34,8 +35,13 @@ class RequestOptions:
         group: identifier of the fork that this branch belongs to; None for a request on its own.
         branch: index of this branch in its fork, from 0.
         branches: number of branches in the fork.
-        share: how the branch may reuse KV of its siblings. ``auto`` takes the best that the server offers;
-            ``exact`` only ever reuses the KV of identical tokens.
+        share: how the branch may reuse KV of its siblings. ``exact`` only ever reuses the KV of identical prefixes;
+            ``blend`` also takes over the KV of tokens that a sibling has at other places; ``auto`` takes the best that
+            the server offers.
+        minimum_span: with blends: the shortest run of equal tokens that is taken over.
+        recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
+            because their state moved.
+        deviation: with blends: how far a token's values must be from the donor's, relative to these, to have moved.
         op: ``branch`` for generation, ``verify`` for the verification of a branch.
         exit: of a verification: ``certified`` stops at an intermediate layer where the server's profile allows it;
             ``published`` follows the published entropy rule, which is certified by nothing; ``off`` never stops.
@@ -52,6 +58,9 @@ class RequestOptions:
     branch: int = 0
     branches: int = 1
     share: str = "auto"
+    minimum_span: int = DEFAULT_MINIMUM_SPAN
+    recompute: float = DEFAULT_RECOMPUTE
+    deviation: float = DEFAULT_DEVIATION
     op: str = "branch"
     exit: str = "certified"
     risk: float | None = None
@@ -75,6 +84,13 @@ class RequestOptions:
             raise OptionError(f"{KEY}.branch: must be 0 to branches - 1 = {self.branches - 1}, got {self.branch}")
         _check_choice("share", self.share, SHARE_MODES)
         _check_choice("op", self.op, OPERATIONS)
+        _check_type("minimum_span", self.minimum_span, int, "an integer")
+        if self.minimum_span < 1:
+            raise OptionError(f"{KEY}.minimum_span: must be at least 1, got {self.minimum_span}")
+        for key in ("recompute", "deviation"):
+            _check_number(key, getattr(self, key))
+            if getattr(self, key) < 0.0 or (key == "recompute" and self.recompute > 1.0):
+                raise OptionError(f"{KEY}.{key}: must be from 0 on, recompute at most 1, got {getattr(self, key)}")
         self._check_exit()
 
     def _check_exit(self) -> None:

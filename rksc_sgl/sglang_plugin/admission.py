@@ -7,6 +7,7 @@ from typing import Any
 from rksc_sgl.errors import OptionError
 from rksc_sgl.options import options_of
 from rksc_sgl.sglang_plugin import exits
+from rksc_sgl.sglang_plugin.siblings import is_reserved
 
 
 def option_error(sampling_params: Any, tokenizer_manager: Any) -> str | None:
@@ -46,6 +47,8 @@ def check_tokenizer_request(*args: Any, **kwargs: Any) -> None:
     """
     tokenizer_manager = kwargs["self"] if "self" in kwargs else args[0]
     obj = kwargs["obj"] if "obj" in kwargs else args[1]
+    if is_reserved(getattr(obj, "extra_key", None)):
+        raise OptionError("extra_key: ends with what marks blended KV; choose another")
     problem = option_error(getattr(obj, "sampling_params", None), tokenizer_manager)
     if problem is not None:
         raise OptionError(problem)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ from rksc_sgl.sglang_plugin.exit_profiles import ExitProfiles
 from rksc_sgl.sglang_plugin.layer_pass import SplitPass
 
 logger = logging.getLogger(__name__)
-
-_requests: ContextVar[list[Any] | None] = ContextVar("rksc_requests", default=None)
-_watched: ContextVar[list[Watched] | None] = ContextVar("rksc_watched", default=None)
 
 
 def profiles_of(process: Any) -> ExitProfiles:
@@ -44,56 +40,12 @@ def _profiles_of(model: str, dtype: str) -> ExitProfiles:
     return ExitProfiles.for_server(Path(model), dtype, Settings.from_environment())
 
 
-def remember_requests(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """AROUND hook: the requests of the batch, for the hooks below."""
-    token = _requests.set(None if batch is None or args or kwargs.get("forward_batch") is not None else batch.reqs)
-    try:
-        return original(worker, batch, *args, **kwargs)
-    finally:
-        _requests.reset(token)
-
-
-def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND hook: an extend batch with verifications that may leave runs as a split prefill."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    requests = _requests.get()
-    if requests is None or forward_batch.forward_mode != ForwardMode.EXTEND:
-        return original(runner, forward_batch, *args, **kwargs)
-    watched = _watch(runner, forward_batch, requests)
-    if not watched:
-        return original(runner, forward_batch, *args, **kwargs)
-    token = _watched.set(watched)
-    forward_batch.forward_mode = ForwardMode.SPLIT_PREFILL
-    try:
-        return original(runner, forward_batch, *args, **kwargs)
-    finally:
-        forward_batch.forward_mode = ForwardMode.EXTEND
-        _watched.reset(token)
-
-
-def run_layers(
-    original: Callable[..., Any],
-    runner: Any,
-    forward_batch: Any,
-    reinit_attn_backend: bool = False,
-    forward_count: int = 1,
-) -> Any:
-    """AROUND hook: the walk, where :func:`choose_mode` asked for one; SGLang's own split prefill otherwise."""
-    watched = _watched.get()
-    if watched is None:
-        return original(runner, forward_batch, reinit_attn_backend, forward_count)
-    requests = _requests.get()
-    assert requests is not None
-
-    def run(batch: Any, **kwargs: Any) -> Any:
-        return original(runner, batch, **kwargs)
-
-    layer_pass = SplitPass(runner, forward_batch, run)
-    there = walk(layer_pass, forward_batch.batch_size, watched, _agreement())
+def run(layer_pass: SplitPass, watched: Sequence[Watched], requests: Sequence[Any]) -> Any:
+    """The whole forward pass of a batch with verifications; the logits processor's output."""
+    there = walk(layer_pass, len(layer_pass.lengths), watched, agreement())
     output = layer_pass.finish() if there else layer_pass.give_up()
     for one in watched:
-        _settle(one, requests[one.place], output.next_token_logits[one.place], runner)
+        _settle(one, requests[one.place], output.next_token_logits[one.place], layer_pass.runner)
     return output
 
 
@@ -107,16 +59,17 @@ def state(runner: Any) -> dict[str, Any]:
     return {"layers": runner.model_config.num_hidden_layers, **profiles_of(runner).describe()}
 
 
-def _watch(runner: Any, forward_batch: Any, requests: Sequence[Any]) -> list[Watched]:
-    """The verifications of this batch that may leave or are traced."""
+def watch(runner: Any, requests: Sequence[Any], refusal: str) -> list[Watched]:
+    """The verifications of this batch that may leave or are traced.
+
+    Args:
+        refusal: why none of the batch can leave; empty if they can.
+    """
     asked = []
     for place, req in enumerate(requests):
         options = options_of(req.sampling_params.custom_params)
         if options is not None and options.op == "verify" and req.extend_end >= len(req.origin_input_ids):
             asked.append((place, req, options))
-    if not asked:
-        return []
-    refusal = _refusal(runner, forward_batch)
     watched = []
     for place, req, options in asked:
         one, reason = (None, refusal) if refusal else _watch_one(runner, place, req, options)
@@ -124,35 +77,6 @@ def _watch(runner: Any, forward_batch: Any, requests: Sequence[Any]) -> list[Wat
         if one is not None:
             watched.append(one)
     return watched
-
-
-def _refusal(runner: Any, batch: Any) -> str:
-    """Why nothing of this batch can leave; empty if it can."""
-    from sglang.srt.runtime_context import get_parallel
-
-    model, captured = runner.model, batch.capture_hidden_mode
-    if not hasattr(model, "forward_split_prefill") or not hasattr(getattr(model, "model", None), "norm"):
-        return _said_once(f"{type(model).__name__} has no split prefill")
-    # fmt: off
-    unsupported = {
-        "pipeline parallelism": get_parallel().pp_size > 1,
-        "data-parallel attention": batch.global_num_tokens_cpu is not None,
-        "LoRA": any(one is not None for one in batch.lora_ids or ()),
-        "multimodal input": any(one is not None for one in batch.mm_inputs or ()),
-        "embeddings as input": batch.input_embeds is not None or batch.replace_embeds is not None,
-        "an encoder": batch.encoder_lens is not None,
-        "positions of several dimensions": batch.mrope_positions is not None,
-        "two-batch overlap": bool(batch.tbo_children),
-        "hidden states in the answer": captured is not None and captured.need_capture(),
-    }
-    # fmt: on
-    return next((f"a batch with {name} runs at full depth" for name, found in unsupported.items() if found), "")
-
-
-@cache
-def _said_once(reason: str) -> str:
-    logger.warning("rksc: verification runs at full depth: %s", reason)
-    return reason
 
 
 def _watch_one(runner: Any, place: int, req: Any, options: RequestOptions) -> tuple[Watched | None, str]:
@@ -181,7 +105,7 @@ def _rule(runner: Any, req: Any, options: RequestOptions, server: ExitProfiles) 
     if highest >= runner.model_config.vocab_size:
         return None, f"label token {highest} is not in the vocabulary of {runner.model_config.vocab_size}"
     if options.exit == "published":
-        if _tp_group().world_size > 1:
+        if tp_group().world_size > 1:
             return None, "the published rule needs the whole vocabulary on one rank"
         layers = runner.model_config.num_hidden_layers
         unembedding = runner.model.lm_head.weight
@@ -189,15 +113,15 @@ def _rule(runner: Any, req: Any, options: RequestOptions, server: ExitProfiles) 
     return server.rule(req.origin_input_ids, options)
 
 
-def _tp_group() -> Any:
+def tp_group() -> Any:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().tp_group
 
 
-def _agreement() -> Callable[[torch.Tensor], torch.Tensor]:
+def agreement() -> Callable[[torch.Tensor], torch.Tensor]:
     """Rank 0 decides: a last bit that differs between ranks must not make them run different batches."""
-    group = _tp_group()
+    group = tp_group()
     if group.world_size == 1:
         return lambda mask: mask
 

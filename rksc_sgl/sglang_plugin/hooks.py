@@ -18,7 +18,7 @@ from typing import Any
 
 from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
-from rksc_sgl.sglang_plugin import admission, exits, report, routes
+from rksc_sgl.sglang_plugin import admission, passes, report, routes, siblings
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +141,19 @@ HOOKS: tuple[Hook, ...] = (
         why="page sizes above 1 on a CPU, where there is no Triton",
     ),
     Hook(
+        target=f"{_SCHEDULER}.Scheduler._get_new_batch_prefill_raw",
+        module=_SCHEDULER,
+        kind="around",
+        function=siblings.hold_siblings,
+        parameters=("self", "prefill_delayer_single_pass", "running_batch"),
+        process="scheduler",
+        why="siblings wait for their anchor, and each branch gets its namespace and its donor",
+    ),
+    Hook(
         target=f"{_WORKER}.TpModelWorker.forward_batch_generation",
         module=_WORKER,
         kind="around",
-        function=exits.remember_requests,
+        function=passes.remember_batch,
         parameters=(
             "self",
             "batch",
@@ -156,25 +165,25 @@ HOOKS: tuple[Hook, ...] = (
             "return_kv_loc_plan",
         ),
         process="scheduler",
-        why="early exit: which requests are in the batch",
+        why="early exit and blends: which requests are in the batch",
     ),
     Hook(
         target=f"{_RUNNER}.ModelRunner._forward_raw",
         module=_RUNNER,
         kind="around",
-        function=exits.choose_mode,
+        function=passes.choose_mode,
         parameters=("self", "forward_batch", "pp_proxy_tensors", "reinit_attn_backend", "split_forward_count"),
         process="scheduler",
-        why="early exit: a batch with verifications runs as a split prefill",
+        why="a batch with verifications or blends runs as a split prefill",
     ),
     Hook(
         target=f"{_RUNNER}.ModelRunner.forward_split_prefill",
         module=_RUNNER,
         kind="around",
-        function=exits.run_layers,
+        function=passes.run_layers,
         parameters=("self", "forward_batch", "reinit_attn_backend", "forward_count"),
         process="scheduler",
-        why="early exit: the layers run in intervals, and certain verdicts leave between them",
+        why="the layers run in intervals, between which verdicts leave and KV is taken over",
     ),
 )
 

@@ -154,3 +154,8 @@ def _batch_of(full: Any, runs: Sequence[Run], rows: torch.Tensor) -> Any:
     if full.rids is not None:
         batch.rids = [full.rids[run.place] for run in runs]
     return batch
+
+
+def probe_layers(runner: Any) -> int:
+    """How many layers run for every token of a blended prompt: a tenth of the model's, at least two."""
+    return max(2, runner.model_config.num_hidden_layers // 10)

@@ -11,13 +11,20 @@ from rksc_sgl.sglang_plugin import exits
 def request_report(req: Any) -> dict[str, Any] | None:
     """The report of one scheduler request, or None where it did not opt in.
 
-    ``mode`` says how the prefix came to be, ``reused_tokens`` how many of its tokens were served from KV that was
-    there already (the same number as SGLang's ``cached_tokens``: exact reuse).
+    ``mode`` says how the prefix came to be, ``reused_tokens`` how many of its tokens were served from KV of the same
+    prefix: exact reuse. With mode ``blend`` the KV is approximate: ``blended_before_tokens`` were found in the namespace
+    of blended KV, ``taken_tokens`` were taken over from a donor. ``declined`` says why nothing was.
     """
     options = options_of(req.sampling_params.custom_params)
     if options is None:
         return None
-    report: dict[str, Any] = {"mode": "exact", "op": options.op, "reused_tokens": req.cached_tokens}
+    blended = getattr(req, "rksc_blended", False) and req.cached_tokens > 0
+    report: dict[str, Any] = {"mode": "blend" if blended else "exact", "op": options.op}
+    report.update(reused_tokens=0 if blended else req.cached_tokens, **getattr(req, "rksc_report", {}))
+    if blended:
+        report["blended_before_tokens"] = req.cached_tokens
+    if getattr(req, "rksc_waited", 0):
+        report["waited_passes"] = req.rksc_waited
     if options.group is not None:
         report.update(group=options.group, branch=options.branch, branches=options.branches)
     verification = exits.exit_report(req)

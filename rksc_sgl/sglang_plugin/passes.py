@@ -1,0 +1,123 @@
+"""Where a forward pass becomes ours: hooks that run an extend batch in layer intervals, for exits or for blends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from rksc_sgl.early_exit.walk import Watched
+from rksc_sgl.options import options_of
+from rksc_sgl.sglang_plugin import blends, exits
+from rksc_sgl.sglang_plugin.blends import BlendJob
+from rksc_sgl.sglang_plugin.layer_pass import SplitPass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done with a batch besides computing it."""
+
+    watched: list[Watched]
+    jobs: list[BlendJob]
+
+
+_batch: ContextVar[Any] = ContextVar("rksc_batch", default=None)
+_work: ContextVar[Work | None] = ContextVar("rksc_work", default=None)
+
+
+def remember_batch(original: Callable[..., Any], worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook: the scheduler's batch, for the hooks below."""
+    known = None if batch is None or args or kwargs.get("forward_batch") is not None else batch
+    token = _batch.set(known)
+    try:
+        return original(worker, batch, *args, **kwargs)
+    finally:
+        _batch.reset(token)
+
+
+def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook: an extend batch with verifications or blends runs as a split prefill."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    batch = _batch.get()
+    if batch is None or forward_batch.forward_mode != ForwardMode.EXTEND:
+        return original(runner, forward_batch, *args, **kwargs)
+    work = _work_in(runner, forward_batch, batch)
+    if work is None:
+        return original(runner, forward_batch, *args, **kwargs)
+    token = _work.set(work)
+    forward_batch.forward_mode = ForwardMode.SPLIT_PREFILL
+    try:
+        return original(runner, forward_batch, *args, **kwargs)
+    finally:
+        forward_batch.forward_mode = ForwardMode.EXTEND
+        _work.reset(token)
+
+
+def run_layers(
+    original: Callable[..., Any],
+    runner: Any,
+    forward_batch: Any,
+    reinit_attn_backend: bool = False,
+    forward_count: int = 1,
+) -> Any:
+    """AROUND hook: our own pass, where :func:`choose_mode` asked for one; SGLang's own split prefill otherwise."""
+    work = _work.get()
+    if work is None:
+        return original(runner, forward_batch, reinit_attn_backend, forward_count)
+    requests = _batch.get().reqs
+
+    def run(part: Any, **kwargs: Any) -> Any:
+        return original(runner, part, **kwargs)
+
+    layer_pass = SplitPass(runner, forward_batch, run)
+    if work.jobs:
+        return blends.run(layer_pass, work.jobs, requests, exits.agreement())
+    return exits.run(layer_pass, work.watched, requests)
+
+
+def _work_in(runner: Any, forward_batch: Any, batch: Any) -> Work | None:
+    """What there is to do with a batch; None where it is an ordinary one."""
+    requests: Sequence[Any] = batch.reqs
+    opted = [options_of(req.sampling_params.custom_params) for req in requests]
+    planned = any(getattr(req, "rksc_blend", None) is not None for req in requests)
+    if not planned and not any(options is not None and options.op == "verify" for options in opted):
+        return None
+    refusal = refusal_of_batch(runner, forward_batch)
+    jobs = [] if refusal or not planned else blends.jobs_of(forward_batch, requests, batch.tree_cache)
+    watched = exits.watch(runner, requests, refusal or ("a batch with blends runs at full depth" if jobs else ""))
+    return Work(watched, jobs) if watched or jobs else None
+
+
+def refusal_of_batch(runner: Any, batch: Any) -> str:
+    """Why a batch cannot run in layer intervals; empty if it can."""
+    from sglang.srt.runtime_context import get_parallel
+
+    model, captured = runner.model, batch.capture_hidden_mode
+    if not hasattr(model, "forward_split_prefill") or not hasattr(getattr(model, "model", None), "norm"):
+        return _said_once(f"{type(model).__name__} has no split prefill")
+    # fmt: off
+    unsupported = {
+        "pipeline parallelism": get_parallel().pp_size > 1,
+        "data-parallel attention": batch.global_num_tokens_cpu is not None,
+        "LoRA": any(one is not None for one in batch.lora_ids or ()),
+        "multimodal input": any(one is not None for one in batch.mm_inputs or ()),
+        "embeddings as input": batch.input_embeds is not None or batch.replace_embeds is not None,
+        "an encoder": batch.encoder_lens is not None,
+        "positions of several dimensions": batch.mrope_positions is not None,
+        "two-batch overlap": bool(batch.tbo_children),
+        "hidden states in the answer": captured is not None and captured.need_capture(),
+    }
+    # fmt: on
+    return next((f"a batch with {name} runs at full depth" for name, found in unsupported.items() if found), "")
+
+
+@cache
+def _said_once(reason: str) -> str:
+    logger.warning("rksc: verification runs at full depth: %s", reason)
+    return reason
