@@ -22,6 +22,8 @@ from rksc_sgl.sglang_plugin.siblings import BlendPlan, resident_slots
 
 logger = logging.getLogger(__name__)
 
+Agreement = Callable[[torch.Tensor], torch.Tensor]  # makes a decision the same on every rank
+
 LEAST_CANDIDATES = 32  # of one forward pass; fewer are not worth a pass of their own
 
 
@@ -80,12 +82,7 @@ def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, t
     return BlendJob(place, plan, own.to(torch.int64), theirs, new, torch.where(there, source, -1))
 
 
-def run(
-    layer_pass: SplitPass,
-    jobs: Sequence[BlendJob],
-    requests: Sequence[Any],
-    agree: Callable[[torch.Tensor], torch.Tensor],
-) -> Any:
+def run(layer_pass: SplitPass, jobs: Sequence[BlendJob], requests: Sequence[Any], agree: Agreement) -> Any:
     """The whole forward pass of a batch with blends; the logits processor's output."""
     runner = layer_pass.runner
     layer_pass.run_to(probe_layers(runner))

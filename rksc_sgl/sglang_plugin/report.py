@@ -12,8 +12,8 @@ def request_report(req: Any) -> dict[str, Any] | None:
     """The report of one scheduler request, or None where it did not opt in.
 
     ``mode`` says how the prefix came to be, ``reused_tokens`` how many of its tokens were served from KV of the same
-    prefix: exact reuse. With mode ``blend`` the KV is approximate: ``blended_before_tokens`` were found in the namespace
-    of blended KV, ``taken_tokens`` were taken over from a donor. ``declined`` says why nothing was.
+    prefix: exact reuse. With mode ``blend`` the KV is approximate: ``blended_before_tokens`` were found in the
+    namespace of blended KV, ``taken_tokens`` were taken over from a donor. ``declined`` says why nothing was.
     """
     options = options_of(req.sampling_params.custom_params)
     if options is None:

@@ -162,7 +162,7 @@ class Siblings:
 def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook: a prefill batch is made of what does not wait for an anchor."""
     queue = scheduler.waiting_queue
-    if not queue or scheduler.tree_cache.is_chunk_cache():
+    if not queue or not _has_tree(scheduler.tree_cache):
         return original(scheduler, *args, **kwargs)
     held = siblings_of(scheduler).place()
     if not held:
@@ -178,6 +178,11 @@ def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
             *(req for req in queue if id(req) in staying),
             *(req for req in left if id(req) not in known),
         ]
+
+
+def _has_tree(tree_cache: Any) -> bool:
+    """Whether this is the unified radix tree and in use (not ``--disable-radix-cache``)."""
+    return hasattr(tree_cache, "tree_core") and not tree_cache.disable
 
 
 def siblings_of(scheduler: Any) -> Siblings:
