@@ -89,7 +89,7 @@ class Siblings:
             return False
         key = ForkKey(options.group, req.extra_key, req.cache_salt, req.lora_id)
         fork = self.table.fork(key)
-        self._settle_anchor(key, fork, live)
+        gone = self._settle_anchor(key, fork, live)
         if fork.anchor is not None:
             other = np.asarray(fork.anchor.origin_input_ids, dtype=np.int64)
             gain = max(_common(other, ids), align(other, ids, options.minimum_span).aligned)
@@ -100,14 +100,19 @@ class Siblings:
             self._place_beside(req, options, key, fork, ids, exact, blended)
         else:
             fork.anchor = req
-            _use_blended(req, False)
+            if gone:
+                _decline(req, "the anchor that it could have shared with is gone")
         return False
 
-    def _settle_anchor(self, key: ForkKey, fork: Fork[Any], live: set[int]) -> None:
-        """The anchor becomes a donor once its prompt is in the tree, and is forgotten once it is in no queue."""
+    def _settle_anchor(self, key: ForkKey, fork: Fork[Any], live: set[int]) -> bool:
+        """The anchor becomes a donor once its prompt is in the tree, and is forgotten once it is in no queue.
+
+        Returns:
+            Whether it was forgotten.
+        """
         anchor = fork.anchor
         if anchor is None:
-            return
+            return False
         ids = anchor.origin_input_ids
         if self._cached(ids, key.extra_key, anchor) >= len(ids) - self.scheduler.tree_cache.page_size:
             self.table.add_donor(key, Donor(anchor.rid, np.asarray(ids, dtype=np.int64)))
@@ -115,6 +120,8 @@ class Siblings:
         elif id(anchor) not in live:
             logger.info("rksc: anchor %s of fork %s is gone; its siblings go on", anchor.rid, key.group)
             fork.anchor = None
+            return True
+        return False
 
     def _place_beside(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rksc_sgl.blending.plan import GAP, runs_of, to_compute
@@ -27,6 +29,7 @@ def test_a_state_that_is_no_number_is_computed_first() -> None:
     assert mask.tolist() == [False, True, False, True]
 
 
+@settings(deadline=None)
 @given(FLAGS, st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
 def test_nothing_that_the_donor_has_not_is_ever_taken_over(
     flags: list[bool], threshold: float, share: float, seed: int
@@ -40,12 +43,13 @@ def test_nothing_that_the_donor_has_not_is_ever_taken_over(
     assert everything.all()
 
 
+@settings(deadline=None)
 @given(FLAGS)
 def test_runs_cover_what_is_computed_and_join_over_small_gaps(flags: list[bool]) -> None:
     runs = runs_of(torch.tensor(flags))
     covered = {place for begin, end in runs for place in range(begin, end)}
     assert {place for place, flag in enumerate(flags) if flag} <= covered
-    for (_, end), (begin, _) in zip(runs, runs[1:], strict=False):
+    for (_, end), (begin, _) in pairwise(runs):
         assert begin - end > GAP
     assert all(flags[begin] and flags[end - 1] for begin, end in runs)
 

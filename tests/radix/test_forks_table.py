@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rksc_sgl.radix.forks import LEAST_TOKENS, MOST_DONORS, Donor, ForkKey, ForkTable, worth_blending
@@ -33,6 +33,7 @@ def test_the_oldest_donors_of_a_fork_are_forgotten_first() -> None:
     assert table.tokens == 10 * MOST_DONORS
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 60)), max_size=60))
 def test_memory_stays_within_its_bounds_and_the_count_is_true(steps: list[tuple[str, int]]) -> None:
     table: ForkTable[str] = ForkTable(most_tokens=150, most_forks=3)
@@ -45,6 +46,7 @@ def test_memory_stays_within_its_bounds_and_the_count_is_true(steps: list[tuple[
         assert table._forks[key(group)].donors, "what was just added is there"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
 def test_blending_is_worth_it_only_where_it_computes_less(n: int, c: float, a: float, probe: float) -> None:
     cached, aligned = int(c * n), int(a * n)
