@@ -2,9 +2,9 @@
 
 Needs a profile of the model (``rksc calibrate --model-path M``). Three arms verify the same answers of the same forks
 in place, that is with the branch's KV in the cache: at full depth, by the certified rule, by the published rule.
-Flips are counted over all calls; families that calibration did not have are shown apart. Times are taken on some of
-the forks, for whole verification batches of one request: caches flushed and branches prefilled again before each, the
-order alternated; the noise is full depth against itself. The control shuffles the verdicts of the certified arm among
+Flips are counted over the calls of the families that calibration had; other families are counted apart. Times are taken
+on some of the forks, for whole verification batches of one request: caches flushed and branches prefilled again before
+each, the order alternated; the noise is full depth against itself. The control shuffles the verdicts of the certified arm among
 its calls: what a rule would flip that knows how often YES is said, but not where.
 
 The selection of a fork is by score (P(YES) * sqrt(confidence)). ``selected_differs`` is that of the certified rule of
@@ -45,7 +45,8 @@ from rksc_sgl.server_process import ServerProcess
 
 LABELS = ("YES", "NO")
 FULL, CERTIFIED, SELECTION, PUBLISHED = "full depth", "certified", "certified selection", "published"
-FORKS_A_BATCH = 2  # in one request, as a fork of eight would be
+FORKS_A_BATCH = 2  # in one timed request, as a fork of eight would be
+FORKS_A_REQUEST = 8  # where nothing is timed
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,17 @@ class Verifier:
 
 def verify_all(verifier: Verifier, prompts: Sequence[Prompts], arms: Sequence[str]) -> list[Fork]:
     """Every fork in every arm; full depth last, because its KV stays in the cache."""
-    forks = []
-    for one in tqdm(prompts, desc="verify", unit="fork", file=sys.stderr):
-        calls = {arm: verifier.ask(arm, one.ids) for arm in arms}
-        fork = Fork(one.fork, calls)
-        if SELECTION in calls:
-            resolve(verifier, fork, one)
-        forks.append(fork)
+    forks: list[Fork] = []
+    with tqdm(total=len(prompts), desc="verify", unit="fork", file=sys.stderr) as bar:
+        for start in range(0, len(prompts), FORKS_A_REQUEST):
+            batch = prompts[start : start + FORKS_A_REQUEST]
+            asked = {arm: iter(verifier.ask(arm, [ids for one in batch for ids in one.ids])) for arm in arms}
+            for one in batch:
+                fork = Fork(one.fork, {arm: [next(asked[arm]) for _ in one.ids] for arm in arms})
+                if SELECTION in arms:
+                    resolve(verifier, fork, one)
+                forks.append(fork)
+            bar.update(len(batch))
     return forks
 
 
@@ -170,30 +175,43 @@ def layers_fraction(forks: Sequence[Fork], arm: str) -> float:
     return statistics.fmean(call.layers_fraction for fork in forks for call in fork.calls[arm])
 
 
-def summary(forks: Sequence[Fork], seconds: dict[str, list[float]], risk: float) -> dict[str, Any]:
-    """The last line."""
+def figures(forks: Sequence[Fork]) -> dict[str, Any]:
+    """What the certified and the published rule did to these forks."""
     calls = sum(len(fork.calls[FULL]) for fork in forks)
-    flipped, published = flips(forks, CERTIFIED), flips(forks, PUBLISHED)
-    total = {arm: sum(values) for arm, values in seconds.items()}
-    again = f"{FULL} again"
+    flipped = flips(forks, CERTIFIED)
     return {
         "calls": calls,
         "flips": flipped,
         "flip_rate": round(flipped / calls, 5),
         "flip_upper95": round(clopper_pearson_upper(flipped, calls, 0.95), 5),
-        "delta": risk,
         "mean_layers_fraction": round(layers_fraction(forks, CERTIFIED), 4),
+        "forks": len(forks),
         "selected_differs": sum(fork.selected(SELECTION) != fork.selected(FULL) for fork in forks),
         "selection_layers_fraction": round(layers_fraction(forks, SELECTION), 4),
-        "forks": len(forks),
-        "published_flips": published,
+        "published_flips": flips(forks, PUBLISHED),
         "published_layers_fraction": round(layers_fraction(forks, PUBLISHED), 4),
         "control_flips": shuffled_flips(forks, CERTIFIED),
-        "verify_time_ratio": round(total[FULL] / total[CERTIFIED], 3) if seconds else None,
-        "noise_time_ratio": round(max(total[FULL], total[again]) / min(total[FULL], total[again]), 3)
-        if seconds
-        else None,
     }
+
+
+def summary(forks: Sequence[Fork], seconds: dict[str, list[float]], risk: float) -> dict[str, Any]:
+    """The last line: families that calibration had, on problems that it had not; other families apart."""
+    inside, outside = split(forks)
+    total = {arm: sum(values) for arm, values in seconds.items()}
+    full, again = total[FULL], total[f"{FULL} again"]
+    return {
+        **figures(inside),
+        "delta": risk,
+        "verify_time_ratio": round(full / total[CERTIFIED], 3),
+        "noise_time_ratio": round(max(full, again) / min(full, again), 3),
+        "other_families": figures(outside) if outside else None,
+    }
+
+
+def split(forks: Sequence[Fork]) -> tuple[list[Fork], list[Fork]]:
+    """Forks of the families that calibration had, and of others."""
+    inside = [fork for fork in forks if fork.fork.family in CALIBRATION_FAMILIES]
+    return inside, [fork for fork in forks if fork.fork.family not in CALIBRATION_FAMILIES]
 
 
 def unseen(seed: int, in_family: int, held_out: int, branches: int, calibrated: Sequence[str]) -> list[WorkloadFork]:
@@ -210,10 +228,7 @@ def show(forks: Sequence[Fork]) -> None:
     table = Table(title="verdicts that are not those of full depth")
     for column in ("families", "calls", "YES", CERTIFIED, "layers", "selection by verdict scope", PUBLISHED, "layers"):
         table.add_column(column, justify="right")
-    for name, chosen in (
-        ("calibrated on", [fork for fork in forks if fork.fork.family in CALIBRATION_FAMILIES]),
-        ("other", [fork for fork in forks if fork.fork.family in HELD_OUT_FAMILIES]),
-    ):
+    for name, chosen in zip(("calibrated on", "other"), split(forks), strict=True):
         if not chosen:
             continue
         calls = [call for fork in chosen for call in fork.calls[FULL]]
@@ -236,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", type=Path, help="default: the model's in the cache")
     parser.add_argument("--risk", type=float, default=0.01)
-    parser.add_argument("--forks", type=int, default=400, help="of the families that calibration had")
+    parser.add_argument("--forks", type=int, default=520, help="of the families that calibration had")
     parser.add_argument("--held-out", type=int, default=150, help="forks of other families")
     parser.add_argument("--branches", type=int, default=4)
     parser.add_argument("--timed", type=int, default=40, help="forks that are timed")
