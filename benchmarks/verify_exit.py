@@ -1,11 +1,11 @@
 """Early exit of verification against full depth, on problems that calibration never saw.
 
 Needs a profile of the model (``rksc calibrate --model-path M``). Three arms verify the same answers of the same forks
-in place, that is with the branch's KV in the cache: at full depth, by the certified rule, by the published rule.
-Flips are counted over the calls of the families that calibration had; other families are counted apart. Times are taken
-on some of the forks, for whole verification batches of one request: caches flushed and branches prefilled again before
-each, the order alternated; the noise is full depth against itself. The control shuffles the verdicts of the certified arm among
-its calls: what a rule would flip that knows how often YES is said, but not where.
+in place, that is with the branch's KV in the cache: at full depth, by the certified rule, by the published rule. Flips
+are counted over the calls of the families that calibration had; other families are counted apart. Times are taken on
+some of the forks, for whole verification batches of one request: caches flushed and branches prefilled again before
+each, the order alternated; the noise is full depth against itself. The control shuffles the verdicts of the certified
+arm among its calls: what a rule would flip that knows how often YES is said, but not where.
 
 The selection of a fork is by score (P(YES) * sqrt(confidence)). ``selected_differs`` is that of the certified rule of
 scope "selection", with what it asks again; ``verdict`` scope certifies no selection, and what happens to it then is
