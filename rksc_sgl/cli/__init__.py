@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rksc_sgl.cli import doctor, serve
+from rksc_sgl.cli import doctor, serve, tree
 from rksc_sgl.model_fetch.command import app as model_app
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("serve", context_settings=serve.CONTEXT, add_help_option=False)(serve.serve)
 app.command("doctor")(doctor.doctor)
+app.command("tree")(tree.tree)
 app.add_typer(model_app, name="model")
 
 
