@@ -12,6 +12,8 @@
     ├── LabelError             verification labels that the tokenizer cannot tell apart
     ├── VerificationError      no branch could be verified
     ├── RotationError          cached keys cannot be moved to another position
+    ├── MetricError            a counter that there is not, or one with other labels
+    ├── TreeListingError       the radix tree of a server cannot be listed
     └── ProfileError           a calibration profile is damaged, newer, of another model, or cannot certify a risk
 
 Messages say what was got and what would be right.
@@ -66,6 +68,14 @@ class VerificationError(RkscError):
 
 class RotationError(RkscError):
     """Keys cannot be re-rotated: not those of this model, or not to this position."""
+
+
+class MetricError(RkscError, ValueError):
+    """A counter or a label that the catalogue does not have, or an amount that no counter can grow by."""
+
+
+class TreeListingError(RkscError):
+    """The radix tree cannot be listed: a kind that we cannot walk, or a listing that we cannot read."""
 
 
 class ProfileError(RkscError):

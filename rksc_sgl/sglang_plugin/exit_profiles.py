@@ -14,6 +14,7 @@ from rksc_sgl.early_exit.audit import Audit
 from rksc_sgl.early_exit.rules import CertifiedRule, ExitRule
 from rksc_sgl.errors import OptionError, ProfileError
 from rksc_sgl.exit_settings import DEFAULT_RISK, Settings, profile_directory
+from rksc_sgl.metrics import EXIT_AUDITS, EXIT_DISAGREEMENTS, EXIT_LAYERS_SAVED, EXITS, counters
 from rksc_sgl.options import KEY, RequestOptions
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,13 @@ def server_fingerprint(model: Path, dtype: str) -> str:
 
 @dataclass(eq=False)
 class ExitProfiles:
-    """The profiles of one server process, and what has happened under them."""
+    """The profiles of one server process, and their audit."""
 
     profiles: tuple[Profile, ...] = ()
     fingerprint: str | None = None  # of the model as it is served; None where it could not be taken
     settings: Settings = field(default_factory=Settings)
     why_none: str = "this server has no profile for its model"
     audit: Audit = field(default_factory=Audit)
-    exits: dict[str, int] = field(default_factory=dict)  # by rule
-    layers_saved: int = 0
     _rules: dict[tuple[int, Scope, float], CertifiedRule] = field(default_factory=dict)
 
     @classmethod
@@ -112,10 +111,12 @@ class ExitProfiles:
         return options.yes_ids, options.no_ids
 
     def count_exit(self, rule: str, layers: int) -> None:
-        self.exits[rule] = self.exits.get(rule, 0) + 1
-        self.layers_saved += layers
+        counters().add(EXITS, rule=rule)
+        counters().add(EXIT_LAYERS_SAVED, layers)
 
     def count_audit(self, risk: float, disagrees: bool) -> None:
+        counters().add(EXIT_AUDITS, risk=risk)
+        counters().add(EXIT_DISAGREEMENTS, int(disagrees), risk=risk)
         self.audit.record(risk, disagrees)
 
     def describe(self) -> dict[str, Any]:
@@ -133,8 +134,6 @@ class ExitProfiles:
                 }
                 for profile in self.profiles
             ],
-            "exits": dict(self.exits),
-            "layers_saved": self.layers_saved,
             "audited": sum(self.audit.audited.values()),
             "disagreed": sum(self.audit.disagreed.values()),
             "broken": sorted(self.audit.broken),

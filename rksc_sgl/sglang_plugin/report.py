@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rksc_sgl.metrics import counters
 from rksc_sgl.options import KEY, options_of
-from rksc_sgl.sglang_plugin import exits
+from rksc_sgl.sglang_plugin import counting, exits, inquiry, prometheus_export
 
 
 def request_report(req: Any) -> dict[str, Any] | None:
@@ -34,11 +35,23 @@ def request_report(req: Any) -> dict[str, Any] | None:
 
 
 def reporting_streamer_class(result: type, scheduler: Any) -> type:
-    """AFTER hook: the scheduler's output streamer, with our report beside each request that opted in."""
+    """AFTER hook: the scheduler's output streamer, with our report beside each request that opted in.
+
+    Requests are counted on their way out, also where the report has no way to the client, and their prompts are
+    remembered for `rksc tree`.
+    """
+    prometheus_export.export_from(scheduler)
+    counts = counting.counts_here()
 
     class ReportingStreamer(result):  # type: ignore[valid-type,misc]
         # The embedded Rust front end has no channel for extra output fields and refuses a class that has some.
         has_additional_customized_info = scheduler.rust_server is None
+
+        def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
+            finishing = counting.about_to_finish(reqs, skip_req) if counts and self.is_generation else []
+            super().stream_output(reqs, return_logprob, skip_req)
+            for req in finishing:
+                _settle(req)
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
             reports = [request_report(req) for req in reqs]
@@ -46,6 +59,16 @@ def reporting_streamer_class(result: type, scheduler: Any) -> type:
             return {**inherited, KEY: reports} if any(reports) else inherited
 
     return ReportingStreamer
+
+
+def _settle(req: Any) -> None:
+    """The last that the scheduler has to do with a request."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    inquiry.remember_prompt(req)
+    report = request_report(req)
+    if report is not None:
+        counting.count_request(report, aborted=isinstance(req.finished_reason, FINISH_ABORT))
 
 
 def write_meta_info(
@@ -66,7 +89,7 @@ def write_meta_info(
 
 
 def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
-    """AFTER hook: what of ours is at work in the scheduler."""
+    """AFTER hook: what of ours is at work in the scheduler, and the answer where we asked it something."""
     from rksc_sgl.sglang_plugin import hooks
 
     scheduler = controller.scheduler
@@ -75,5 +98,9 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
         "attention_backend": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
         "hooks": hooks.describe(),
         "exit": exits.state(scheduler.tp_worker.model_runner),
+        "counters": counters().snapshot(),
     }
+    question = inquiry.Inquiry.from_rid(recv_req.rid)
+    if question is not None and counting.counts_here():
+        result.internal_state[inquiry.ANSWER] = inquiry.answer(question, scheduler)
     return result

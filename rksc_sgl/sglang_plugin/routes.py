@@ -5,9 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from rksc_sgl.sglang_plugin.inquiry import ANSWER, DEFAULT_NODES, MAX_NODES, Inquiry
+
 
 def add_routes(http_server: ModuleType) -> None:
-    """Add ``GET /rksc/info``: our version and what is at work in the live processes."""
+    """Add ``GET /rksc/info``, ``/rksc/stats`` and ``/rksc/tree``: what is at work, what it did, what it holds."""
+    from fastapi import Query
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     async def rksc_info() -> dict[str, Any]:
         from sglang.srt.platforms import current_platform
@@ -29,4 +33,38 @@ def add_routes(http_server: ModuleType) -> None:
             "schedulers": [state.get(KEY) for state in scheduler_states],
         }
 
-    http_server.app.add_api_route("/rksc/info", rksc_info, methods=["GET"])
+    async def rksc_stats(nodes: bool = True) -> dict[str, Any]:
+        tokenizer_manager = http_server.get_global_state().tokenizer_manager
+        return {"schedulers": await _ask(tokenizer_manager, Inquiry("stats", nodes=int(nodes)))}
+
+    # It shows other people's prompts, so where there is a key for administrators it asks for that.
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def rksc_tree(
+        max_nodes: int = Query(DEFAULT_NODES, ge=1, le=MAX_NODES), depth: int | None = Query(None, ge=0)
+    ) -> dict[str, Any]:
+        tokenizer_manager = http_server.get_global_state().tokenizer_manager
+        answers = await _ask(tokenizer_manager, Inquiry("tree", nodes=max_nodes, depth=depth))
+        for answer in answers:
+            for node in (answer["tree"] or {"nodes": ()})["nodes"]:
+                node["text"] = _text(tokenizer_manager.tokenizer, node["first_ids"])
+        return {"schedulers": answers}
+
+    for path, endpoint in (("/rksc/info", rksc_info), ("/rksc/stats", rksc_stats), ("/rksc/tree", rksc_tree)):
+        http_server.app.add_api_route(path, endpoint, methods=["GET"])
+
+
+async def _ask(tokenizer_manager: Any, inquiry: Inquiry) -> list[dict[str, Any]]:
+    """The answer of every data-parallel scheduler."""
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    tokenizer_manager.auto_create_handle_loop()
+    request = GetInternalStateReq(rid=inquiry.to_rid())
+    responses = await tokenizer_manager.get_internal_state_communicator(request)
+    return [response.internal_state[ANSWER] for response in responses]
+
+
+def _text(tokenizer: Any, ids: list[int] | None) -> str | None:
+    """What the ids spell; None where that cannot be told, as of the stand-ins for an image."""
+    if tokenizer is None or ids is None or any(number >= len(tokenizer) for number in ids):
+        return None
+    return tokenizer.decode(ids)

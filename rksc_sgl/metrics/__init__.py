@@ -1,0 +1,36 @@
+"""What a server counts of our work: plain values by name and labels, in the process where it happens.
+
+``counters().add(EXITS, rule="certified")`` is all that the place of the event does. Whoever exports the values reads
+:meth:`Counters.snapshot` or follows along with :meth:`Counters.follow`; nothing here knows of Prometheus or SGLang.
+"""
+
+from rksc_sgl.metrics.catalogue import (
+    CATALOGUE,
+    EXIT_AUDITS,
+    EXIT_DISAGREEMENTS,
+    EXIT_LAYERS_SAVED,
+    EXITS,
+    PROBE_SECONDS,
+    REQUESTS,
+    TOKENS_RECOMPUTED,
+    TOKENS_REPLACED,
+    TOKENS_REUSED,
+    Metric,
+)
+from rksc_sgl.metrics.counters import Counters, counters
+
+__all__ = [
+    "CATALOGUE",
+    "EXITS",
+    "EXIT_AUDITS",
+    "EXIT_DISAGREEMENTS",
+    "EXIT_LAYERS_SAVED",
+    "PROBE_SECONDS",
+    "REQUESTS",
+    "TOKENS_RECOMPUTED",
+    "TOKENS_REPLACED",
+    "TOKENS_REUSED",
+    "Counters",
+    "Metric",
+    "counters",
+]

@@ -1,0 +1,51 @@
+"""Every counter that there is: its name, its labels, and what it says. Counters only ever grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+REQUESTS = "sglang:rksc_requests_total"
+TOKENS_REUSED = "sglang:rksc_tokens_reused_total"
+TOKENS_RECOMPUTED = "sglang:rksc_tokens_recomputed_total"
+TOKENS_REPLACED = "sglang:rksc_tokens_replaced_total"
+PROBE_SECONDS = "sglang:rksc_probe_seconds_total"
+EXITS = "sglang:rksc_exits_total"
+EXIT_LAYERS_SAVED = "sglang:rksc_exit_layers_saved_total"
+EXIT_AUDITS = "sglang:rksc_exit_audit_total"
+EXIT_DISAGREEMENTS = "sglang:rksc_exit_audit_disagree_total"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One counter.
+
+    Attributes:
+        name: as Prometheus shows it, with SGLang's own prefix.
+        help: what is counted, and in which unit.
+        labels: names of the labels that every increment must give.
+    """
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+_ALL = (
+    Metric(
+        REQUESTS,
+        "Finished requests that opted in: what they were for, how their prefix came to be, and why no more was shared",
+        ("op", "mode", "reason"),
+    ),
+    Metric(TOKENS_REUSED, "Prompt tokens of requests that opted in, served from KV that was there already"),
+    Metric(TOKENS_RECOMPUTED, "Prompt tokens that had KV of a donor and were computed again"),
+    Metric(TOKENS_REPLACED, "Prompt tokens that were replaced by those of the anchor they were merged into"),
+    Metric(PROBE_SECONDS, "Seconds spent to find out whether a prefix can be shared"),
+    Metric(EXITS, "Verifications that left before the last layer", ("rule",)),
+    Metric(EXIT_LAYERS_SAVED, "Layers that verifications which left early did not run"),
+    Metric(EXIT_AUDITS, "Exits that were run to full depth and compared, by certified risk", ("risk",)),
+    Metric(EXIT_DISAGREEMENTS, "Audited exits whose verdict differs from full depth, by certified risk", ("risk",)),
+)
+
+CATALOGUE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _ALL})

@@ -1,0 +1,43 @@
+"""Counting in the scheduler: each request that opted in once, when it finishes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rksc_sgl.metrics import REQUESTS, TOKENS_RECOMPUTED, TOKENS_REPLACED, TOKENS_REUSED, counters
+
+ABORTED = "aborted"
+_TOKENS = {
+    TOKENS_REUSED: "reused_tokens",
+    TOKENS_RECOMPUTED: "recomputed_tokens",
+    TOKENS_REPLACED: "replaced_tokens",
+}
+
+
+def counts_here() -> bool:
+    """Whether this process counts: of the ranks that compute one batch together, the one that answers for them."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
+
+
+def about_to_finish(reqs: Iterable[Any], skip_req: Any) -> list[Any]:
+    """Of the requests whose output is about to leave the scheduler, those for which it is the last.
+
+    SGLang sets ``finished_output`` when it sends a request's last output, and never sends it again; with the overlap
+    schedule a finished request comes by twice.
+    """
+    return [req for req in reqs if req is not skip_req and req.finished() and not req.finished_output]
+
+
+def count_request(report: dict[str, Any], *, aborted: bool) -> None:
+    """Count one finished request by its report.
+
+    ``reason`` is the report's, where it has one: why no more was shared.
+    """
+    reason = ABORTED if aborted else report.get("reason") or ""
+    counters().add(REQUESTS, op=report["op"], mode=report["mode"], reason=reason)
+    for name, key in _TOKENS.items():
+        counters().add(name, report.get(key, 0))
