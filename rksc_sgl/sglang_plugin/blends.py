@@ -9,6 +9,7 @@ attention as sequences of their own (:class:`~rksc_sgl.sglang_plugin.layer_pass.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.rotation import Rotation, rotation_of
+from rksc_sgl.metrics import PROBE_SECONDS, counters
 from rksc_sgl.sglang_plugin.layer_pass import Run, SplitPass, probe_layers
 from rksc_sgl.sglang_plugin.siblings import BlendPlan, resident_slots
 
@@ -76,7 +78,7 @@ def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, t
     source = source.to(own.device)
     there = (source >= 0) & (source < slots.numel())
     if int(there.sum()) < LEAST_CANDIDATES:
-        return f"{int(there.sum())} of its {own.numel()} new tokens are resident with its donor"
+        return "too few of its new tokens are resident with its donor"
     theirs = torch.where(there, slots[source.clamp(0, slots.numel() - 1)], -1)
     new = torch.arange(begin, begin + own.numel(), device=own.device)
     return BlendJob(place, plan, own.to(torch.int64), theirs, new, torch.where(there, source, -1))
@@ -84,7 +86,7 @@ def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, t
 
 def run(layer_pass: SplitPass, jobs: Sequence[BlendJob], requests: Sequence[Any], agree: Agreement) -> Any:
     """The whole forward pass of a batch with blends; the logits processor's output."""
-    runner = layer_pass.runner
+    runner, began = layer_pass.runner, time.perf_counter()
     layer_pass.run_to(probe_layers(runner))
     by_place = {job.place: job for job in jobs}
     runs: list[Run] = []
@@ -95,6 +97,7 @@ def run(layer_pass: SplitPass, jobs: Sequence[BlendJob], requests: Sequence[Any]
             continue
         kept = _runs_of_job(runner, job, requests[place], agree)
         runs += [Run(place, begin, end) for begin, end in kept]
+    counters().add(PROBE_SECONDS, time.perf_counter() - began)
     layer_pass.narrow(runs)
     return layer_pass.finish()
 

@@ -9,7 +9,6 @@ from rksc_sgl.metrics import REQUESTS, TOKENS_RECOMPUTED, TOKENS_REPLACED, TOKEN
 
 ABORTED = "aborted"
 _TOKENS = {
-    TOKENS_REUSED: "reused_tokens",
     TOKENS_RECOMPUTED: "recomputed_tokens",
     TOKENS_REPLACED: "replaced_tokens",
 }
@@ -37,7 +36,9 @@ def count_request(report: dict[str, Any], *, aborted: bool) -> None:
 
     ``reason`` is the report's, where it has one: why no more was shared.
     """
-    reason = ABORTED if aborted else report.get("reason") or ""
+    reason = ABORTED if aborted else report.get("declined") or ""
     counters().add(REQUESTS, op=report["op"], mode=report["mode"], reason=reason)
+    counters().add(TOKENS_REUSED, report.get("reused_tokens", 0), kind="exact")
+    counters().add(TOKENS_REUSED, report.get("taken_tokens", 0) + report.get("blended_before_tokens", 0), kind="blend")
     for name, key in _TOKENS.items():
         counters().add(name, report.get(key, 0))

@@ -146,7 +146,7 @@ class Siblings:
         if self.refusal:
             return _decline(req, self.refusal, **report)
         if not worth_blending(ids.size, exact, alignment.aligned, self.probe_share) and blended <= exact:
-            return _decline(req, f"{alignment.aligned} of {ids.size} tokens align, {exact} are cached", **report)
+            return _decline(req, "too few tokens align for what is cached", **report)
         _use_blended(req, True)
         req.rksc_blend = BlendPlan(donor, key.extra_key, alignment.source, options)
         req.rksc_report = report

@@ -22,12 +22,12 @@ def test_what_is_added_is_in_the_snapshot() -> None:
     counters.add(metrics.REQUESTS, op="branch", mode="exact", reason="")
     counters.add(metrics.REQUESTS, 2, mode="exact", op="branch", reason="")
     counters.add(metrics.REQUESTS, op="verify", mode="exact", reason="aborted")
-    counters.add(metrics.TOKENS_REUSED, 40)
+    counters.add(metrics.TOKENS_RECOMPUTED, 40)
     assert counters.snapshot()[metrics.REQUESTS] == [
         {"labels": {"op": "branch", "mode": "exact", "reason": ""}, "value": 3},
         {"labels": {"op": "verify", "mode": "exact", "reason": "aborted"}, "value": 1},
     ]
-    assert counters.snapshot()[metrics.TOKENS_REUSED] == [{"labels": {}, "value": 40}]
+    assert counters.snapshot()[metrics.TOKENS_RECOMPUTED] == [{"labels": {}, "value": 40}]
 
 
 def test_every_counter_is_in_an_empty_snapshot_and_those_without_labels_are_zero() -> None:
@@ -51,7 +51,7 @@ def test_the_catalogue_is_what_a_monitor_expects() -> None:
         ("sglang:rksc_request_total", {}, "is no counter"),
         (metrics.EXITS, {}, "takes the labels rule; got none"),
         (metrics.EXITS, {"rule": "a", "risk": 1}, "got rule, risk"),
-        (metrics.TOKENS_REUSED, {"op": "branch"}, "takes the labels none; got op"),
+        (metrics.TOKENS_RECOMPUTED, {"op": "branch"}, "takes the labels none; got op"),
         (metrics.EXITS, {"rule": None}, "label rule must be text or a number"),
         (metrics.EXITS, {"rule": True}, "label rule must be text or a number"),
     ],
@@ -67,8 +67,8 @@ def test_unknown_names_and_labels_raise_and_count_nothing(name: str, labels: dic
 def test_a_counter_never_goes_back(amount: object) -> None:
     counters = Counters()
     with pytest.raises(MetricError, match="finite number from 0 on"):
-        counters.add(metrics.TOKENS_REUSED, amount)  # type: ignore[arg-type]
-    assert counters.snapshot()[metrics.TOKENS_REUSED] == [{"labels": {}, "value": 0}]
+        counters.add(metrics.TOKENS_RECOMPUTED, amount)  # type: ignore[arg-type]
+    assert counters.snapshot()[metrics.TOKENS_RECOMPUTED] == [{"labels": {}, "value": 0}]
 
 
 def test_a_risk_is_a_label_as_people_write_it() -> None:

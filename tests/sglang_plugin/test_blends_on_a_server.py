@@ -176,8 +176,8 @@ def test_siblings_that_arrive_together_wait_for_one_prefill(served: Served) -> N
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (branch("declined", 1), "tokens align"),
-        (branch("declined", 1, minimum_span=500), "tokens align"),
+        (branch("declined", 1), "too few tokens align"),
+        (branch("declined", 1, minimum_span=500), "too few tokens align"),
     ],
 )
 def test_a_branch_that_shares_too_little_is_prefilled_and_says_why(served: Served, second: Any, said: str) -> None:
