@@ -38,6 +38,7 @@ from rksc_sgl.server_process import ServerProcess
 NONE, STOCK, BLEND = "no reuse", "stock", "blend"
 BRANCHES = 8
 FACTS = 44
+CHANGED = 4  # facts of every second branch that are others than the first branch's; one of them is asked for
 ANSWER_TOKENS = 8
 TOP = 256  # most likely tokens that the KL is taken over; the rest is one outcome
 OPENINGS = (
@@ -50,11 +51,15 @@ OPENINGS = (
     "Consider the records that follow; they are complete and correct. Then give the number that is asked for.",
     "The text after this sentence holds everything that you need. Do not guess, look it up, and answer.",
 )
-PLACES = (
-    *("Arden", "Brook", "Calder", "Dorset", "Elgin", "Falmouth", "Girton", "Hexham", "Ivybridge", "Jarrow", "Kendal"),
-    *("Ludlow", "Marlow", "Newport", "Oakham", "Penrith", "Quorn", "Ripon", "Selby", "Thirsk", "Ulverston", "Ventnor"),
+COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey", "pink", "silver", "golden")
+OBJECTS = (
+    *("lamp", "chair", "table", "clock", "kettle", "ladder", "mirror", "carpet", "bucket", "basket", "blanket"),
+    *("bottle", "candle", "curtain", "drawer", "hammer", "helmet", "jacket", "kennel", "lantern", "mattress"),
+    *("needle", "pillow", "piano", "pitcher", "ribbon", "saddle", "scarf", "shovel", "sofa", "spoon", "statue"),
+    *("suitcase", "teapot", "tent", "trumpet", "umbrella", "vase", "violin", "wagon", "wallet", "wardrobe", "whistle"),
+    *("wheel",),
 )
-THINGS = ("crates of tea", "wooden pallets", "barrels of oil", "sacks of flour")
+LINE = "The {name} has the number {number} and stands in row {row} of the hall. "
 
 
 @dataclass(frozen=True)
@@ -83,27 +88,24 @@ class Answer:
 
 
 def branches_of(seed: int, template: Any) -> list[Branch]:
-    """A set: the same facts after eight openings, with other numbers in every second branch."""
+    """A set: the same facts after eight openings; every second branch has some other numbers, and is asked for one."""
     source = random.Random(seed)
-    facts = [(place, thing) for place in PLACES for thing in THINGS]
-    source.shuffle(facts)
-    facts = facts[:FACTS]
-    numbers = [source.randint(100, 999) for _ in facts]
+    names = [f"{source.choice(COLOURS)} {thing}" for thing in source.sample(OBJECTS, FACTS)]
+    numbers, rows = [source.randint(100, 999) for _ in names], [source.randint(1, 40) for _ in names]
     result = []
     for index, opening in enumerate(OPENINGS):
         own = list(numbers)
-        if index % 2:
-            for fact in source.sample(range(FACTS), 4):
-                own[fact] = source.randint(100, 999)
-        lines = [
-            f"The depot in {place} holds {number} {thing}." for (place, thing), number in zip(facts, own, strict=True)
+        changed = source.sample(range(FACTS), CHANGED) if index % 2 else []
+        for fact in changed:
+            own[fact] = source.randint(100, 999)
+        asked = source.choice(changed) if changed else source.randrange(FACTS)
+        lines = [LINE.format(name=name, number=n, row=row) for name, n, row in zip(names, own, rows, strict=True)]
+        question = f"Which number does the {names[asked]} have?"
+        messages = [
+            {"role": "user", "content": f"{opening}\n\n{''.join(lines)}\n\n{question}"},
+            {"role": "assistant", "content": None},
         ]
-        asked = source.randrange(FACTS)
-        place, thing = facts[asked]
-        question = f"How many {thing} does the depot in {place} hold? Reply with the number only."
-        content = f"{opening}\n\n{' '.join(lines)}\n\n{question}"
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": None}]
-        start = f"The depot in {place} holds"
+        start = f"The {names[asked]} has the number"
         result.append(Branch(template.get_prompt(messages) + start, str(own[asked])))
     return result
 
@@ -187,6 +189,7 @@ def measure(endpoint: Endpoint, options: argparse.Namespace) -> tuple[dict[str, 
                     "noise": divergence(alone[index].logprobs, exact[index].logprobs),
                     "control": divergence(alone[index].logprobs, alone[index - 1].logprobs),
                     "agree": alone[index].tokens == blend[index].tokens,
+                    "agree_exact": alone[index].tokens == exact[index].tokens,
                     "known": branches[index].answer in alone[index].text,
                     "exact": branches[index].answer in exact[index].text,
                     "blend": branches[index].answer in blend[index].text,
@@ -228,6 +231,7 @@ def summary(seconds: dict[str, list[float]], rows: Sequence[dict[str, Any]], lay
         "noise_kl": round(statistics.median(row["noise"] for row in rows), 9),
         "control_kl": round(statistics.median(row["control"] for row in rows), 4),
         "greedy_agree": round(statistics.fmean(row["agree"] for row in rows), 4),
+        "greedy_agree_exact": round(statistics.fmean(row["agree_exact"] for row in rows), 4),
         "facts_known": sum(row["known"] for row in rows),
         "fact_recall_exact": recall(rows, "exact"),
         "fact_recall_blend": recall(rows, "blend"),

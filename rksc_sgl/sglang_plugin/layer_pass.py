@@ -157,5 +157,5 @@ def _batch_of(full: Any, runs: Sequence[Run], rows: torch.Tensor) -> Any:
 
 
 def probe_layers(runner: Any) -> int:
-    """How many layers run for every token of a blended prompt: a tenth of the model's, at least two."""
-    return max(2, runner.model_config.num_hidden_layers // 10)
+    """How many layers run for every token of a blended prompt: a fifteenth of the model's, at least two."""
+    return max(2, runner.model_config.num_hidden_layers // 15)
