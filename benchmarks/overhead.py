@@ -1,9 +1,10 @@
 """What rksc costs requests that do not opt in: throughput of the same requests with it and without.
 
-Two servers side by side with the same model, platform and attention; one has our radix backend and all hooks, the other
-SGLang's default tree and none of our hooks (``benchmarks.bare_server``). Only one works at a time; which one begins
-alternates. Caches are flushed before every repeat. Generated tokens and ``cached_tokens`` of every request are compared.
-The ratio is the median over the pairs of repeats; the noise is the baseline's slowest repeat over its fastest.
+Two servers side by side with the same model, platform and attention; one has our radix backend and all hooks, the
+other SGLang's default tree and none of our hooks (``benchmarks.bare_server``). Only one works at a time; which one
+begins alternates. Caches are flushed before every repeat. Generated tokens and ``cached_tokens`` of every request are
+compared. The ratio is the median over the pairs of repeats; the noise is the baseline's slowest repeat over its
+fastest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import httpx
 from tqdm import tqdm
 
 from rksc_sgl.cli.serve import server_arguments
+from rksc_sgl.errors import RkscError
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
 from rksc_sgl.server_process import ServerProcess
 
@@ -71,7 +73,7 @@ def summary(seconds: dict[str, list[float]], equal: int, requests: int) -> dict[
         "ratio_highest": round(max(pairs), 4),
         "noise": round(max(seconds["bare"]) / min(seconds["bare"]), 4),
         "requests": requests,
-        "tokens_equal": equal,
+        "equal": equal,
     }
 
 
@@ -89,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BareServer(["--model-path", resolve_model(options.model)]) as bare,
         ServerProcess(server_arguments(["--model-path", options.model])) as ours,
     ):
-        if bare.get_json("/server_info").get("radix_cache_backend"):
-            raise SystemExit("the baseline must run on SGLang's default tree")
+        if bare.get_json("/server_info").get("radix_cache_backend") or any(bare.get_json("/rksc/info")["schedulers"]):
+            raise RkscError("the baseline must run on SGLang's default tree and without our hooks")
         urls = {"bare": bare.url, "rksc": ours.url}
         for url in urls.values():
             run(url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in sorted(urls, reverse=bool(repeat % 2)):
                 taken, found[name] = run(urls[name], prompts, options.max_tokens, options.concurrency)
                 seconds[name].append(taken)
-            equal += sum(one[0] == other[0] for one, other in zip(found["bare"], found["rksc"], strict=True))
+            equal += sum(one == other for one, other in zip(found["bare"], found["rksc"], strict=True))
     print(json.dumps(summary(seconds, equal, options.requests * options.repeats)))
     return 0
 
