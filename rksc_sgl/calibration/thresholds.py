@@ -301,7 +301,9 @@ def certify_skip(
 ) -> list[SkipPoint]:
     """For each delta the smallest agreement at which skipping is certified, from unanimity downwards.
 
-    Fixed-sequence testing with Clopper-Pearson over forks; a fork that is not skipped has no loss.
+    Fixed-sequence testing with Clopper-Pearson over forks; a fork that is not skipped has no loss. What is certified is
+    the smallest share that was observed among those skipped, so that forks with another number of branches are not
+    skipped at shares that these forks cannot have.
 
     Args:
         traces: forks with the outcome of full verification.
@@ -323,6 +325,8 @@ def certify_skip(
         passed = fixed_sequence((_rate_p(skip & traces.differs, delta) for skip in skipped), alpha)
         if passed:
             skip, agreement = skipped[passed - 1], AGREEMENT_GRID[passed - 1]
+            if skip.any():  # shares between the observed ones were not tested: other numbers of branches have them
+                agreement = float(traces.agreement[skip].min())
             risk = float((skip & traces.differs).mean())
             points.append(SkipPoint(delta, agreement, min_lead, float(skip.mean()), risk, int(skip.size)))
     return points
