@@ -105,7 +105,7 @@ def branches_of(seed: int, template: Any) -> list[Branch]:
             {"role": "user", "content": f"{opening}\n\n{''.join(lines)}\n\n{question}"},
             {"role": "assistant", "content": None},
         ]
-        start = f"The {names[asked]} has the number"
+        start = f"The {names[asked]} has the number "  # digits are tokens: the next one tells answers apart
         result.append(Branch(template.get_prompt(messages) + start, str(own[asked])))
     return result
 
@@ -121,7 +121,7 @@ class Arms:
         sampling = []
         for index in range(first, first + len(branches)):
             options = {"group": name, "branch": index, "branches": BRANCHES}
-            options |= {"share": "exact"} if arm != BLEND else self.options
+            options |= {"share": "exact"} if arm != BLEND else {"share": "blend", **self.options}
             sampling.append({"max_new_tokens": tokens, "temperature": 0, "custom_params": {KEY: options}})
         body: dict[str, Any] = {
             "text": [branch.prompt for branch in branches],

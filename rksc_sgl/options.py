@@ -36,8 +36,8 @@ class RequestOptions:
         branch: index of this branch in its fork, from 0.
         branches: number of branches in the fork.
         share: how the branch may reuse KV of its siblings. ``exact`` only ever reuses the KV of identical prefixes;
-            ``blend`` also takes over the KV of tokens that a sibling has at other places; ``auto`` takes the best that
-            the server offers.
+            ``blend`` also takes over the KV of tokens that a sibling has at other places, which is approximate;
+            ``auto`` takes the best that keeps every answer: today ``exact``, with siblings that wait for their anchor.
         minimum_span: with blends: the shortest run of equal tokens that is taken over.
         recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
             because their state moved.

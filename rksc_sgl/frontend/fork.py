@@ -96,9 +96,9 @@ def fork_similar(
         s: the state to fork; it stays usable.
         branches: a number of branches with the same text, or one expression or string for each branch, appended
             to it (other wordings of one problem, say).
-        share: ``auto`` takes the best reuse that the server offers; ``exact`` only that of identical prefixes, which
-            changes nothing; ``blend`` also takes over KV of equal tokens at other places, which is approximate
-            (``docs/blending.md``) and today what ``auto`` does.
+        share: ``exact`` reuses KV of identical prefixes, which changes nothing; ``blend`` also takes over KV of equal
+            tokens at other places, which is approximate (``docs/blending.md``); ``auto`` takes the best that keeps every
+            answer: today ``exact``, with siblings that wait for the first branch's prefix.
 
     Returns:
         The group: index, iterate, ``+=`` an expression, a list or a callable, ``join`` it, ``verify_gated`` it.

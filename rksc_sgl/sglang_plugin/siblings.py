@@ -81,9 +81,9 @@ class Siblings:
 
     def _waits(self, req: Any, options: RequestOptions, live: set[int]) -> bool:
         """Place a request; or True where it waits for its anchor."""
-        ids = np.asarray(req.origin_input_ids, dtype=np.int64)
+        ids, approximate = np.asarray(req.origin_input_ids, dtype=np.int64), options.share == "blend"
         exact = self._cached(req.origin_input_ids, req.extra_key, req)
-        blended = self._cached(req.origin_input_ids, blended_key(req.extra_key), req)
+        blended = self._cached(req.origin_input_ids, blended_key(req.extra_key), req) if approximate else 0
         if options.group is None or options.op != "branch":
             _use_blended(req, blended > exact)
             return False
@@ -92,10 +92,14 @@ class Siblings:
         gone = self._settle_anchor(key, fork, live)
         if fork.anchor is not None:
             other = np.asarray(fork.anchor.origin_input_ids, dtype=np.int64)
-            gain = max(_common(other, ids), align(other, ids, options.minimum_span).aligned)
+            gain = _common(other, ids)
+            if approximate:
+                gain = max(gain, align(other, ids, options.minimum_span).aligned)
             if worth_blending(ids.size, max(exact, blended), gain, 0.0):
                 return True
             _use_blended(req, blended > exact)
+        elif fork.donors and not approximate:
+            pass  # what is equal from the start is found in the tree
         elif fork.donors:
             self._place_beside(req, options, key, fork, ids, exact, blended)
         else:
@@ -117,8 +121,8 @@ class Siblings:
         if self._cached(ids, key.extra_key, anchor) >= len(ids) - self.scheduler.tree_cache.page_size:
             self.table.add_donor(key, Donor(anchor.rid, np.asarray(ids, dtype=np.int64)))
             fork.anchor = None
-        elif id(anchor) not in live:
-            logger.info("rksc: anchor %s of fork %s is gone; its siblings go on", anchor.rid, key.group)
+        elif id(anchor) not in live or len(anchor.output_ids) > 1:  # aborted; or decoding, and still not in the tree
+            logger.info("rksc: the KV of anchor %s of fork %s is gone; its siblings go on", anchor.rid, key.group)
             fork.anchor = None
             return True
         return False

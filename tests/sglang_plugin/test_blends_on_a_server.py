@@ -57,7 +57,7 @@ def words(seed: int, count: int) -> list[int]:
 
 
 def branch(group: str, index: int, **options: Any) -> dict[str, Any]:
-    return {"group": group, "branch": index, "branches": 16, **options}
+    return {"group": group, "branch": index, "branches": 16, "share": "blend", **options}
 
 
 def pair(seed: int) -> tuple[list[int], list[int]]:
@@ -125,11 +125,11 @@ def test_blended_kv_is_never_found_by_a_request_that_did_not_ask_for_it(served: 
     served.ask(donor, branch("own", 0))
     first = served.ask(prompt, branch("own", 1, recompute=0.0))
     assert first["meta_info"]["rksc"]["taken_tokens"] > 100
-    for options in (None, branch("own", 2, share="exact")):
+    for options in (None, branch("own", 2, share="exact"), branch("own", 3, share="auto")):
         answer = served.ask(prompt, options)
         assert answer["meta_info"]["cached_tokens"] in (0, len(prompt) - 1)  # the second finds the first's exact KV
         assert logprobs_of(answer) == pytest.approx(exact, abs=1e-5)
-    again = served.ask(prompt, branch("own", 3))
+    again = served.ask(prompt, branch("own", 4))
     assert again["meta_info"]["rksc"]["mode"] == "exact", "exact KV of the same prompt is there now, and is better"
 
 
@@ -143,7 +143,7 @@ def test_a_fork_that_comes_back_finds_its_blended_kv_without_a_probe(served: Ser
     assert (report["mode"], report["reused_tokens"]) == ("blend", 0)
     assert report["blended_before_tokens"] == len(prompt) - 1
     assert logprobs_of(again) == pytest.approx(logprobs_of(first), abs=1e-4)
-    verification = served.ask([*prompt, 77, 78], {"op": "verify", "group": "back"})
+    verification = served.ask([*prompt, 77, 78], {"op": "verify", "group": "back", "share": "blend"})
     assert verification["meta_info"]["rksc"]["blended_before_tokens"] >= len(prompt)
 
 
@@ -166,7 +166,7 @@ def test_siblings_that_arrive_together_wait_for_one_prefill(served: Served) -> N
         taken = sum((meta.get("rksc") or {}).get("taken_tokens", 0) for meta in metas)
         return sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in metas) - taken
 
-    together = computed([branch("together", index) for index in range(6)])
+    together = computed([branch("together", index, share="auto") for index in range(6)])
     assert together <= len(common) + 6 * 5 + 6 * 16
     served.flush()
     apart = computed([None] * 6)

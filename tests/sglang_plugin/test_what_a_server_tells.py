@@ -57,8 +57,8 @@ def test_each_request_that_opted_in_is_counted_once_in_both_places(server: Serve
 
 def test_tokens_taken_over_are_counted_apart_from_exact_reuse(server: ServerProcess) -> None:
     material = [100 + index * 7 % 300 for index in range(200)]
-    generate(server, [1, 2, 3, *material], {"group": "kinds", "branch": 0, "branches": 2})
-    generate(server, [4, 5, 6, 7, *material], {"group": "kinds", "branch": 1, "branches": 2})
+    generate(server, [1, 2, 3, *material], {"group": "kinds", "branch": 0, "branches": 2, "share": "blend"})
+    generate(server, [4, 5, 6, 7, *material], {"group": "kinds", "branch": 1, "branches": 2, "share": "blend"})
     (scheduler,) = server.get_json("/rksc/stats")["schedulers"]
     kinds = {one["labels"]["kind"]: one["value"] for one in scheduler["counters"]["sglang:rksc_tokens_reused_total"]}
     modes = {one["labels"]["mode"] for one in scheduler["counters"]["sglang:rksc_requests_total"]}
