@@ -97,8 +97,8 @@ def fork_similar(
         branches: a number of branches with the same text, or one expression or string for each branch, appended
             to it (other wordings of one problem, say).
         share: ``exact`` reuses KV of identical prefixes, which changes nothing; ``blend`` also takes over KV of equal
-            tokens at other places, which is approximate (``docs/blending.md``); ``auto`` takes the best that keeps every
-            answer: today ``exact``, with siblings that wait for the first branch's prefix.
+            tokens at other places, which is approximate (``docs/blending.md``); ``auto`` takes the best that keeps
+            every answer: today ``exact``, with siblings that wait for the first branch's prefix.
 
     Returns:
         The group: index, iterate, ``+=`` an expression, a list or a callable, ``join`` it, ``verify_gated`` it.
