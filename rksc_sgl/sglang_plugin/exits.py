@@ -1,9 +1,4 @@
-"""Early exit inside SGLang: which requests of a batch may leave, the walk, and what is said about it.
-
-Three hooks work together. ``TpModelWorker.forward_batch_generation`` knows the requests; ``ModelRunner._forward_raw``
-prepares the pass, and is told to run it as a split prefill where a verification may leave; and
-``ModelRunner.forward_split_prefill`` is then called once and runs the layers in intervals.
-"""
+"""Early exit inside SGLang: which requests of a batch may leave, under which rule, and what is said about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Where a forward pass becomes ours: hooks that run an extend batch in layer intervals, for exits or for blends."""
+"""Where a forward pass becomes ours: an extend batch runs in layer intervals, for exits or for blends.
+
+Three hooks work together. ``TpModelWorker.forward_batch_generation`` knows the requests; ``ModelRunner._forward_raw``
+prepares the pass, and is told to run it as a split prefill where there is something to do between the layers; and
+``ModelRunner.forward_split_prefill`` is then called once and runs them.
+"""
 
 from __future__ import annotations
 
