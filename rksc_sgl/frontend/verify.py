@@ -387,8 +387,6 @@ def _all_failed(members: list[_Branch], branches: ProgramStateGroup) -> Exceptio
     causes = [state.error() for state in branches.states]
     if causes and all(isinstance(cause, ServerError) for cause in causes):
         return causes[0]
-    if len({branch.error for branch in members}) == 1:
-        return VerificationError(f"every branch failed: {members[0].error}")
     listed = "; ".join(f"branch {branch.index}: {branch.error}" for branch in members)
     return VerificationError(f"every branch failed: {listed}")
 

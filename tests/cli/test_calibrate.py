@@ -59,7 +59,7 @@ def run(url: str, traces: Path, out: Path, *more: str):
 def test_the_profile_says_what_it_was_made_of_and_has_a_picture(made: Path) -> None:
     profile = load(made)
     assert (profile.layers, sorted(profile.readouts)) == (6, [2, 4])
-    assert [point.delta for point in profile.points] == [DELTA]
+    assert [(point.delta, point.scope) for point in profile.points] == [(DELTA, "verdict"), (DELTA, "selection")]
     assert f"{FORKS} forks of 2" in profile.workload
     assert made.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
