@@ -57,7 +57,7 @@ class Siblings:
         self.scheduler = scheduler
         self.table: ForkTable[Any] = ForkTable()
         runner = scheduler.tp_worker.model_runner
-        self.refusal = refusal_of(runner.model)
+        self.refusal = refusal_of(runner.model) or refusal_of_pool(runner.token_to_kv_pool)
         self.probe_share = probe_layers(runner) / runner.model_config.num_hidden_layers
 
     def place(self) -> set[str]:
@@ -194,6 +194,20 @@ def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
 def _has_tree(tree_cache: Any) -> bool:
     """Whether this is the unified radix tree and in use (not ``--disable-radix-cache``)."""
     return hasattr(tree_cache, "tree_core") and not tree_cache.disable
+
+
+def refusal_of_pool(pool: Any) -> str:
+    """Why KV cannot be copied within a pool; empty if it can.
+
+    A pool with a part of its own for sliding windows has other slots there; a quantized one hands out copies.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
+
+    if type(pool) not in (MHATokenToKVPool, LazyMHATokenToKVPool):
+        return f"KV in a {type(pool).__name__} cannot be copied token by token"
+    return f"quantized KV ({pool.dtype}) cannot be turned" if pool.store_dtype != pool.dtype else ""
 
 
 def siblings_of(scheduler: Any) -> Siblings:
