@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rksc_sgl.errors import RkscError, ServerRefusedError, ServerUnreachableErro
 from rksc_sgl.tree_view import Listing, page, text_tree
 
 TIMEOUT_S = 60.0
+UNBROKEN = 10_000  # columns: in a file or a pipe, a node is one line
 DEFAULT_URL = "http://127.0.0.1:30000"
 
 
@@ -35,7 +37,7 @@ def tree(
     elif html is not None:
         print(f"wrote {html}")
     else:
-        console = Console(soft_wrap=True)
+        console = Console(width=None if sys.stdout.isatty() else UNBROKEN)
         for one in answer["schedulers"]:
             console.print(text_tree(_title(one), _listing(one)))
 
@@ -79,7 +81,8 @@ def _listing(answer: dict[str, Any]) -> Listing:
 def _title(answer: dict[str, Any]) -> str:
     listing = _listing(answer)
     shown = f", {len(listing.nodes)} shown" if listing.left_out else ""
-    return f"scheduler {answer['dp_rank']}: {answer['kind']}, {listing.total} nodes{shown}"
+    nodes = f"{listing.total} node{'' if listing.total == 1 else 's'}"
+    return f"scheduler {answer['dp_rank']}: {answer['kind']}, {nodes}{shown}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -111,7 +111,7 @@ HOOKS: tuple[Hook, ...] = (
         function=report.reporting_streamer_class,
         parameters=("self",),
         process="scheduler",
-        why="carries what was decided for a request from the scheduler to meta_info",
+        why="carries what was decided for a request from the scheduler to meta_info, and counts those that finish",
     ),
     Hook(
         target=f"{_STATE}.SchedulerInternalStateController.get_internal_state",
@@ -120,7 +120,7 @@ HOOKS: tuple[Hook, ...] = (
         function=report.add_internal_state,
         parameters=("self", "recv_req"),
         process="scheduler",
-        why="GET /rksc/info sees which hooks and which tree the scheduler really has",
+        why="GET /rksc/info, /rksc/stats and /rksc/tree see what the scheduler really has",
     ),
     Hook(
         target=f"{_ENGINE}._set_envs_and_config",
