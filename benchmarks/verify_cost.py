@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -36,7 +35,8 @@ from programs.problems import GSM8K, Problem, load_problems
 from rksc_sgl import Endpoint, SkipGate, Verdict, verify_gated
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import RkscError
-from rksc_sgl.frontend.labels import resolve_labels
+from rksc_sgl.frontend.labels import label_logprobs, resolve_labels
+from rksc_sgl.frontend.select import by_score, candidates_of
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
 from rksc_sgl.server_process import ServerProcess
 
@@ -126,13 +126,8 @@ class Arms:
         responses = self.stock.post_json("/generate", bodies)
         seconds = time.perf_counter() - began
         metas = [response["meta_info"] for response in responses]
-        scores = [
-            tokens.probabilities({int(t): float(v) for v, t, *_ in meta["output_token_ids_logprobs"][0]})[0]
-            for meta in metas
-        ]
         confidences = [state.get_meta_info("answer")["confidence"] for state in self.forks.states]
-        values = [score * math.sqrt(confidence) for score, confidence in zip(scores, confidences, strict=True)]
-        best = values.index(max(values))
+        best = by_score(candidates_of([tokens.margin(label_logprobs(meta)) for meta in metas], confidences))
         new_tokens = sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in metas)
         return Cost(seconds, new_tokens, None, best)
 

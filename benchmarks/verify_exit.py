@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -36,8 +35,9 @@ from rksc_sgl.calibration.workload import CALIBRATION_FAMILIES, HELD_OUT_FAMILIE
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.calibrating import Prompts, prompts_of
-from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
-from rksc_sgl.frontend.select import Candidate, by_score, unresolved
+from rksc_sgl.frontend.labels import LabelTokens, label_logprobs, resolve_labels
+from rksc_sgl.frontend.select import Candidate, by_score, candidates_of, unresolved
+from rksc_sgl.frontend.tracing import verifications
 from rksc_sgl.frontend.verify import DEFAULT_QUESTION
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import DEFAULT_EPS, DEFAULT_THETA, KEY
@@ -70,10 +70,7 @@ class Fork:
         return by_score(self.candidates(self.calls[arm]))
 
     def candidates(self, calls: Sequence[Call]) -> list[Candidate]:
-        return [
-            Candidate(index, "", None, 1.0 / (1.0 + math.exp(-call.margin)), confidence)
-            for index, (call, confidence) in enumerate(zip(calls, self.fork.confidences, strict=True))
-        ]
+        return candidates_of([call.margin for call in calls], self.fork.confidences)
 
 
 class Verifier:
@@ -81,10 +78,7 @@ class Verifier:
 
     def __init__(self, endpoint: Endpoint, tokens: LabelTokens, risk: float) -> None:
         self.endpoint, self.tokens = endpoint, tokens
-        labels: dict[str, Any] = {
-            "yes_ids": list(tokens.ids[0]),
-            "no_ids": [token for ids in tokens.ids[1:] for token in ids],
-        }
+        labels: dict[str, Any] = {"yes_ids": list(tokens.ids[0]), "no_ids": tokens.other_ids}
         self.options: dict[str, dict[str, Any]] = {
             FULL: {"exit": "off"},
             CERTIFIED: {"risk": risk, "scope": "verdict"},
@@ -93,15 +87,7 @@ class Verifier:
         }
 
     def ask(self, arm: str, prompts: Sequence[Sequence[int]]) -> list[Call]:
-        options = {"op": "verify", **self.options[arm]}
-        body = {
-            "input_ids": [list(prompt) for prompt in prompts],
-            "sampling_params": [{"max_new_tokens": 1, "temperature": 0, "custom_params": {KEY: options}}]
-            * len(prompts),
-            "return_logprob": [True] * len(prompts),
-            "token_ids_logprob": [self.tokens.all_ids] * len(prompts),
-        }
-        return [self._call(one["meta_info"]) for one in self.endpoint.post_json("/generate", body)]
+        return [self._call(one) for one in verifications(self.endpoint, prompts, self.tokens, self.options[arm])]
 
     def prime(self, branches: Sequence[Sequence[int]]) -> None:
         """Put the KV of the branches into the cache, as their generation would have left it."""
@@ -109,10 +95,9 @@ class Verifier:
         self.endpoint.post_json("/generate", body)
 
     def _call(self, meta_info: dict[str, Any]) -> Call:
-        logprobs = {int(token): float(value) for value, token, *_ in meta_info["output_token_ids_logprobs"][0]}
         report = meta_info[KEY]["exit"]
         share = report["layer"] / report["layers"] if report["rule"] else 1.0
-        return Call(self.tokens.margin(logprobs), report.get("error", 0.0), share)
+        return Call(self.tokens.margin(label_logprobs(meta_info)), report.get("error", 0.0), share)
 
 
 def verify_all(verifier: Verifier, prompts: Sequence[Prompts], arms: Sequence[str]) -> list[Fork]:

@@ -11,8 +11,6 @@ import binascii
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
@@ -21,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from rksc_sgl.calibration.atomic_write import write_atomically
 from rksc_sgl.calibration.readout import LinearReadout
 from rksc_sgl.calibration.thresholds import SCOPES, CertifiedPoint, CurvePoint, Scope, SkipPoint
 from rksc_sgl.errors import OptionError, ProfileError
@@ -127,7 +126,7 @@ class Profile:
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(target, text.encode())
+            write_atomically(target, text.encode())
         except OSError as error:
             raise ProfileError(f"{target}: could not be written: {error}") from error
 
@@ -204,18 +203,6 @@ def _canonical(value: Any) -> bytes:
 
 def _checksum(value: Any) -> str:
     return hashlib.sha256(_canonical(value)).hexdigest()
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _body_of(profile: Profile) -> dict[str, Any]:

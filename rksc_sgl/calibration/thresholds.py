@@ -2,9 +2,9 @@
 
 The rule for exits has one knob, ``t``: at a candidate layer the read-out says margin ``m`` with error ``scale``, and a
 call leaves when ``abs(m) >= t * scale`` and the candidate layer before said the same verdict with at least
-:data:`CONFIRMATION` of that distance. (To wait until layers agree is the patience of arXiv 2006.04152; on the traces
-that we have seen it halves the flips at the same depth.) Bigger is safer. ``certify`` walks a grid that is fixed
-beforehand from the safest ``t`` to the boldest (:mod:`rksc_sgl.calibration.risk_control`).
+:data:`CONFIRMATION` of that distance. (To wait until layers agree is the patience of arXiv 2006.04152.) Bigger is
+safer. ``certify`` walks a grid that is fixed beforehand from the safest ``t`` to the boldest
+(:mod:`rksc_sgl.calibration.risk_control`).
 
 What makes a certificate hold: the traces to certify on were not used to fit the read-outs, come from whole forks
 (every call of a fork on the same side of the split), and look like those met in serving. Each delta has a certificate

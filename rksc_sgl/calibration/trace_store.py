@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rksc_sgl.calibration.atomic_write import write_atomically
 from rksc_sgl.calibration.thresholds import Traces
 from rksc_sgl.errors import OptionError
 
@@ -62,7 +63,7 @@ class TraceStore:
                     "choose another directory or delete it"
                 )
         else:
-            _write(file, json.dumps(description, indent=1).encode())
+            write_atomically(file, json.dumps(description, indent=1).encode())
 
     def has(self, index: int) -> bool:
         """Whether the record of this fork is there."""
@@ -70,17 +71,16 @@ class TraceStore:
 
     def put(self, index: int, record: ForkRecord) -> None:
         """Write a record; it appears complete or not at all."""
-        temporary = self._file(index).with_suffix(".tmp")
-        with temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                hidden=record.hidden,
-                margin=record.margin,
-                confidence=record.confidence,
-                answers=np.array(record.answers, dtype=np.str_),
-                family=np.array(record.family, dtype=np.str_),
-            )
-        os.replace(temporary, self._file(index))
+        content = io.BytesIO()
+        np.savez(
+            content,
+            hidden=record.hidden,
+            margin=record.margin,
+            confidence=record.confidence,
+            answers=np.array(record.answers, dtype=np.str_),
+            family=np.array(record.family, dtype=np.str_),
+        )
+        write_atomically(self._file(index), content.getvalue())
 
     def get(self, index: int) -> ForkRecord:
         """
@@ -113,9 +113,3 @@ def as_traces(records: Sequence[ForkRecord], layers: Sequence[int], model_layers
         model_layers=model_layers,
         family=np.repeat(np.array([record.family for record in records]), sizes),
     )
-
-
-def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -69,12 +68,12 @@ def run(args: list[str]) -> int:
     Raises:
         RkscError: the arguments are of no use, or the server did not start.
     """
-    args = take_switches(args)
+    args, variables = take_switches(args)
     host = argument(args, "--host") or DEFAULT_HOST
     port = _port(argument(args, "--port"))
     if not port_is_free(port, host):
         raise RkscError(f"port {port} on {host} is taken; end what listens there or choose another with --port")
-    server = ServerProcess(server_arguments(args), host=host, port=port, log=sys.stderr)
+    server = ServerProcess(server_arguments(args), host=host, port=port, variables=variables, log=sys.stderr)
 
     grace = STOP_GRACE_S
 
@@ -101,25 +100,26 @@ def run(args: list[str]) -> int:
         server.stop(grace)
 
 
-def take_switches(args: list[str]) -> list[str]:
-    """Hand our own switches to the processes of the server, in the environment; the arguments that are left.
+def take_switches(args: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without our own switches, and these as environment variables of the server's processes.
 
     Raises:
         RkscError: a switch has a value of no use.
     """
+    variables: dict[str, str] = {}
     profile, rate = argument(args, "--rksc-profile"), argument(args, "--rksc-audit-rate")
     if profile is not None:
         load(profile)
-        os.environ[PROFILE_VARIABLE] = str(Path(profile).absolute())
+        variables[PROFILE_VARIABLE] = str(Path(profile).absolute())
     if rate is not None:
-        os.environ[AUDIT_RATE_VARIABLE] = rate
-        Settings.from_environment()
+        variables[AUDIT_RATE_VARIABLE] = rate
+        Settings.from_environment(variables)
     left = _without(args, "--rksc-profile", "--rksc-audit-rate")
     for switch, variable in (("--rksc-audit-stop", AUDIT_STOP_VARIABLE), ("--rksc-trace", TRACE_VARIABLE)):
         if switch in left:
-            os.environ[variable] = "1"
+            variables[variable] = "1"
             left.remove(switch)
-    return left
+    return left, variables
 
 
 def server_arguments(args: list[str]) -> list[str]:

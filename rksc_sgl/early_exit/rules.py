@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from rksc_sgl.calibration.readout import LinearReadout
 from rksc_sgl.calibration.thresholds import CONFIRMATION
 
 PUBLISHED_FIRST_LAYER = 2
+NOTHING = -1e4  # logit of tokens that are no label; finite, so that log-probabilities are too
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,12 @@ class ExitRule(Protocol):
     def risk(self) -> float | None: ...
 
     @property
+    def yes_ids(self) -> Sequence[int]: ...
+
+    @property
+    def no_ids(self) -> Sequence[int]: ...
+
+    @property
     def layers(self) -> Sequence[int]: ...
 
     def look(self, layer: int, states: torch.Tensor, memory: dict[int, torch.Tensor]) -> Look:
@@ -60,8 +68,15 @@ class CertifiedRule:
 
     name = "certified"
 
-    def __init__(self, readouts: Mapping[int, LinearReadout], t: float, risk: float) -> None:
-        self.t, self.risk = t, risk
+    def __init__(
+        self,
+        readouts: Mapping[int, LinearReadout],
+        t: float,
+        risk: float,
+        yes_ids: Sequence[int],
+        no_ids: Sequence[int],
+    ) -> None:
+        self.t, self.risk, self.yes_ids, self.no_ids = t, risk, yes_ids, no_ids
         self._readouts = {
             layer: (torch.from_numpy(one.weight.copy()), one.bias, one.scale) for layer, one in sorted(readouts.items())
         }
@@ -128,8 +143,5 @@ def margin_of(logits: torch.Tensor, yes_ids: Sequence[int], no_ids: Sequence[int
 def verdict_logits(margin: float, yes_ids: Sequence[int], no_ids: Sequence[int], row: torch.Tensor) -> None:
     """Write logits ``[vocabulary]`` that hold nothing but this margin, spread evenly over each label's tokens."""
     row.fill_(NOTHING)
-    row[list(yes_ids)] = margin - float(torch.tensor(len(yes_ids)).log())
-    row[list(no_ids)] = -float(torch.tensor(len(no_ids)).log())
-
-
-NOTHING = -1e4  # logit of tokens that are no label; finite, so that log-probabilities are too
+    row[list(yes_ids)] = margin - math.log(len(yes_ids))
+    row[list(no_ids)] = -math.log(len(no_ids))

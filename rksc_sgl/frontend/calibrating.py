@@ -23,7 +23,7 @@ from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.answers import agreement, extract_answer
 from rksc_sgl.frontend.endpoint import Endpoint
 from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
-from rksc_sgl.frontend.select import Candidate, by_score
+from rksc_sgl.frontend.select import by_score, candidates_of
 from rksc_sgl.frontend.skip import SkipGate
 from rksc_sgl.frontend.tracing import question_ids, trace, verification_prompt
 
@@ -129,7 +129,7 @@ def calibrate_on(endpoint: Endpoint, plan: Plan, directory: Path | None, *, quie
         model_fingerprint=facts["fingerprint"],
         question_ids=asked,
         yes_ids=tokens.ids[0],
-        no_ids=tuple(token for ids in tokens.ids[1:] for token in ids),
+        no_ids=tuple(tokens.other_ids),
         layers=model_layers,
         readouts=found.readouts,
         points=found.points,
@@ -159,12 +159,7 @@ def _skipping_differs(answers: list[str | None], confidences: list[float], margi
     skipped = SkipGate(agreement=1e-9).decide(answers, confidences).index
     if skipped is None:  # no branch has an answer: never skipped
         return False
-    scores = (1.0 / (1.0 + np.exp(-margin)) for margin in margins)
-    candidates = [
-        Candidate(index, "", answer, float(score), confidence)
-        for index, (answer, score, confidence) in enumerate(zip(answers, scores, confidences, strict=True))
-    ]
-    return answers[skipped] != answers[by_score(candidates)]
+    return answers[skipped] != answers[by_score(candidates_of(margins, confidences))]
 
 
 def _server_facts(endpoint: Endpoint) -> dict[str, Any]:

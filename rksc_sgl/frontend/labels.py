@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rksc_sgl.errors import LabelError, OptionError
 
@@ -32,6 +33,11 @@ class LabelTokens:
     def all_ids(self) -> list[int]:
         """Every id, as asked for in ``token_ids_logprob``."""
         return [token for ids in self.ids for token in ids]
+
+    @property
+    def other_ids(self) -> list[int]:
+        """Those of every label but the first."""
+        return [token for ids in self.ids[1:] for token in ids]
 
     def probabilities(self, logprobs: Mapping[int, float]) -> tuple[float, ...]:
         """Probability of each label among the labels.
@@ -63,6 +69,12 @@ class LabelTokens:
         """
         first, *rest = self.probabilities(logprobs)
         return math.log(max(first, _LEAST)) - math.log(max(sum(rest), _LEAST))
+
+
+def label_logprobs(meta_info: Mapping[str, Any]) -> dict[int, float]:
+    """The log-probabilities that a response has of ``token_ids_logprob`` at its first new token; empty without any."""
+    positions = meta_info.get("output_token_ids_logprobs") or [None]
+    return {int(token): float(value) for value, token, *_ in positions[0] or () if value is not None}
 
 
 def spellings(label: str) -> list[str]:

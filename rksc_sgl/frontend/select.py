@@ -74,8 +74,18 @@ def _moved(candidate: Candidate, by: float) -> Candidate:
     score = candidate.score
     if score is None or by == 0.0 or score in (0.0, 1.0):
         return candidate
-    odds = math.log(score / (1.0 - score)) + by
-    return replace(candidate, score=1.0 / (1.0 + math.exp(-odds)))
+    return replace(candidate, score=_sigmoid(math.log(score / (1.0 - score)) + by))
+
+
+def candidates_of(margins: Sequence[float], confidences: Sequence[float]) -> list[Candidate]:
+    """Branches of which only the verdicts' log-odds and the confidences are known, in their order."""
+    pairs = zip(margins, confidences, strict=True)
+    return [Candidate(index, "", None, _sigmoid(margin), value) for index, (margin, value) in enumerate(pairs)]
+
+
+def _sigmoid(odds: float) -> float:
+    """Without overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * odds))
 
 
 def by_majority(candidates: Sequence[Candidate]) -> int:

@@ -13,7 +13,7 @@ from sglang.lang.chat_template import ChatTemplate
 
 from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.endpoint import Endpoint
-from rksc_sgl.frontend.labels import LabelTokens
+from rksc_sgl.frontend.labels import LabelTokens, label_logprobs
 from rksc_sgl.frontend.verify import verification_suffix
 from rksc_sgl.options import KEY
 
@@ -69,16 +69,28 @@ def trace(
     Raises:
         RkscError: the server sends no traces.
     """
-    no_ids = [token for ids in tokens.ids[1:] for token in ids]
-    options = {"op": "verify", "exit": "off", "trace": list(layers), "yes_ids": list(tokens.ids[0]), "no_ids": no_ids}
-    sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": {KEY: options}}
+    labels = {"yes_ids": list(tokens.ids[0]), "no_ids": tokens.other_ids}
+    metas = verifications(endpoint, prompts, tokens, {"exit": "off", "trace": list(layers), **labels})
+    return [_trace_of(meta_info, tokens, layers) for meta_info in metas]
+
+
+def verifications(
+    endpoint: Endpoint, prompts: Sequence[Sequence[int]], tokens: LabelTokens, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The ``meta_info`` of each verification, asked for in one batch.
+
+    Args:
+        prompts: token ids of verifications.
+        options: under ``custom_params["rksc"]``, besides ``op``.
+    """
+    sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": {KEY: {"op": "verify", **options}}}
     body = {
         "input_ids": [list(prompt) for prompt in prompts],
         "sampling_params": [sampling] * len(prompts),
         "return_logprob": [True] * len(prompts),
         "token_ids_logprob": [tokens.all_ids] * len(prompts),
     }
-    return [_trace_of(response["meta_info"], tokens, layers) for response in endpoint.post_json("/generate", body)]
+    return [response["meta_info"] for response in endpoint.post_json("/generate", body)]
 
 
 def _trace_of(meta_info: dict[str, Any], tokens: LabelTokens, layers: Sequence[int]) -> Trace:
@@ -89,8 +101,7 @@ def _trace_of(meta_info: dict[str, Any], tokens: LabelTokens, layers: Sequence[i
             "with `rksc serve --rksc-trace`"
         )
     hidden = np.frombuffer(base64.b64decode(report["trace"]), dtype="<f4").reshape(len(layers), -1)
-    logprobs = {int(token): float(logprob) for logprob, token, *_ in meta_info["output_token_ids_logprobs"][0]}
-    return Trace(hidden.astype(np.float32), tokens.margin(logprobs))
+    return Trace(hidden.astype(np.float32), tokens.margin(label_logprobs(meta_info)))
 
 
 def _common_end(first: Sequence[int], second: Sequence[int]) -> int:

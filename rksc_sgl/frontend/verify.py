@@ -25,7 +25,7 @@ from rksc_sgl.errors import (
 from rksc_sgl.exit_settings import DEFAULT_RISK
 from rksc_sgl.frontend.answers import extract_answer
 from rksc_sgl.frontend.endpoint import BranchEndpoint
-from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
+from rksc_sgl.frontend.labels import LabelTokens, label_logprobs, resolve_labels
 from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of, unresolved
 from rksc_sgl.frontend.skip import SkipDecision, SkipGate
 from rksc_sgl.options import SCOPES
@@ -237,11 +237,15 @@ def _certified_gate(members: list[_Branch], question: str, risk: float | None) -
     return None
 
 
+def _prompt(branch: _Branch, question: str) -> str:
+    """The text of a branch's verification."""
+    executor = branch.state.stream_executor
+    return branch.state.text() + verification_suffix(question, executor.chat_template, branch.state.messages())
+
+
 def _prompt_ids(branch: _Branch, question: str) -> list[int] | None:
     """Token ids of a branch's verification; None where they are not known on this side."""
-    executor = branch.state.stream_executor
-    suffix = verification_suffix(question, executor.chat_template, branch.state.messages())
-    return _endpoint(branch).prompt_ids(branch.state.text() + suffix)
+    return _endpoint(branch).prompt_ids(_prompt(branch, question))
 
 
 def _verify(
@@ -267,9 +271,8 @@ def _verify(
 
 
 def _ask_for(branches: list[_Branch], question: str, tokens: LabelTokens, early: dict[str, Any]) -> None:
-    yes_ids, others = tokens.ids[0], [token for ids in tokens.ids[1:] for token in ids]
     options = {name: value for name, value in early.items() if value is not None}
-    options.update(yes_ids=list(yes_ids), no_ids=others)
+    options.update(yes_ids=list(tokens.ids[0]), no_ids=tokens.other_ids)
     bodies = [_request(branch, question, tokens, options) for branch in branches]
     responses = _ask(_endpoint(branches[0]), bodies)
     for branch, response in zip(branches, responses, strict=True):
@@ -296,10 +299,7 @@ def _endpoint(branch: _Branch) -> BranchEndpoint:
 
 
 def _request(branch: _Branch, question: str, tokens: LabelTokens, options: dict[str, Any]) -> dict[str, Any]:
-    endpoint = _endpoint(branch)
-    text = branch.state.text() + verification_suffix(
-        question, branch.state.stream_executor.chat_template, branch.state.messages()
-    )
+    endpoint, text = _endpoint(branch), _prompt(branch, question)
     ids = endpoint.prompt_ids(text)
     return {
         **({"text": text} if ids is None else {"input_ids": ids}),
@@ -352,12 +352,11 @@ def _ask_alone(endpoint: BranchEndpoint, body: dict[str, Any]) -> Any:
 
 def _take(branch: _Branch, response: dict[str, Any], tokens: LabelTokens) -> None:
     meta_info = response["meta_info"]
-    positions = meta_info.get("output_token_ids_logprobs") or []
-    if not positions or not positions[0]:
+    logprobs = label_logprobs(meta_info)
+    if not logprobs:
         branch.error = "verification failed: the server returned no log-probabilities of the labels"
         return
     try:
-        logprobs = {int(token): float(logprob) for logprob, token, *_ in positions[0] if logprob is not None}
         branch.score = tokens.probabilities(logprobs)[0]
     except LabelError as error:
         branch.error = f"verification failed: {error}"

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 MOST_DONORS = 4  # of one fork; the oldest goes first
 MOST_TOKENS = 4_000_000  # of all donors together, 32 MB of token ids
 MOST_FORKS = 4096
+LEAST_TOKENS = 64  # a prefill shorter than this costs little more than the step that it rides on
+WORTH = 0.8  # of what the exact prefill would compute, at most
 
 Request = TypeVar("Request")
 
@@ -106,7 +108,3 @@ def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -
     exact = tokens - cached
     blend = tokens * probe_share + (tokens - aligned) * (1.0 - probe_share)
     return exact >= LEAST_TOKENS and blend <= WORTH * exact
-
-
-LEAST_TOKENS = 64  # a prefill shorter than this costs little more than the step that it rides on
-WORTH = 0.8

@@ -8,7 +8,6 @@ attention as sequences of their own (:class:`~rksc_sgl.sglang_plugin.layer_pass.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.rotation import Rotation, rotation_of
 from rksc_sgl.metrics import PROBE_SECONDS, counters
 from rksc_sgl.sglang_plugin.layer_pass import Run, SplitPass, probe_layers
+from rksc_sgl.sglang_plugin.opted import wants_prompt_logprobs
 from rksc_sgl.sglang_plugin.siblings import BlendPlan, resident_slots
-
-logger = logging.getLogger(__name__)
 
 Agreement = Callable[[torch.Tensor], torch.Tensor]  # makes a decision the same on every rank
 
@@ -50,8 +48,12 @@ class BlendJob:
     old: torch.Tensor
 
 
-def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any) -> list[BlendJob]:
-    """The sequences of a batch that have a plan and whose donor is still there; others say why not."""
+def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any, refusal: str) -> list[BlendJob]:
+    """The sequences of a batch that have a plan and whose donor is still there; others say why not.
+
+    Args:
+        refusal: why nothing of the batch can be blended; empty if it can.
+    """
     jobs = []
     start = 0
     for place, req in enumerate(requests):
@@ -59,7 +61,8 @@ def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any) -> lis
         plan: BlendPlan | None = getattr(req, "rksc_blend", None)
         if plan is not None:
             begin = forward_batch.extend_prefix_lens_cpu[place]
-            job = _job(plan, place, begin, forward_batch.out_cache_loc[start : start + length], req, tree_cache)
+            own = forward_batch.out_cache_loc[start : start + length]
+            job = refusal or _job(plan, place, begin, own, req, tree_cache)
             if isinstance(job, BlendJob):
                 jobs.append(job)
             else:
@@ -69,7 +72,7 @@ def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any) -> lis
 
 
 def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, tree_cache: Any) -> BlendJob | str:
-    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1:
+    if wants_prompt_logprobs(req):
         return "log-probabilities of the prompt are asked for"
     slots = resident_slots(tree_cache, plan.donor.tokens, plan.extra_key, req.cache_salt).to(own.device, torch.int64)
     source = torch.full((own.numel(),), -1, dtype=torch.int64)

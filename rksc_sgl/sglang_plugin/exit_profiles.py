@@ -83,7 +83,7 @@ class ExitProfiles:
             return None, f"the audit refuted the certificate at {point.delta:g}"
         key = (index, point.scope, point.delta)
         if key not in self._rules:
-            self._rules[key] = CertifiedRule(profile.readouts, point.t, point.delta)
+            self._rules[key] = CertifiedRule(profile.readouts, point.t, point.delta, profile.yes_ids, profile.no_ids)
         return self._rules[key], ""
 
     def check_risk(self, options: RequestOptions) -> None:
@@ -102,13 +102,6 @@ class ExitProfiles:
             except ProfileError as error:
                 problems.append(str(error))
         raise OptionError(f"{KEY}.{problems[0]}")
-
-    def label_ids(self, rule: ExitRule, options: RequestOptions) -> tuple[Sequence[int], Sequence[int]]:
-        """Tokens of the first label and of the others, under a rule."""
-        for (index, *_), known in self._rules.items():
-            if known is rule:
-                return self.profiles[index].yes_ids, self.profiles[index].no_ids
-        return options.yes_ids, options.no_ids
 
     def count_exit(self, rule: str, layers: int) -> None:
         counters().add(EXITS, rule=rule)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,11 +13,10 @@ import torch
 from rksc_sgl.early_exit.rules import ExitRule, PublishedRule, margin_of, verdict_logits
 from rksc_sgl.early_exit.walk import Watched, walk
 from rksc_sgl.exit_settings import Settings
-from rksc_sgl.options import RequestOptions, options_of
+from rksc_sgl.options import RequestOptions
 from rksc_sgl.sglang_plugin.exit_profiles import ExitProfiles
 from rksc_sgl.sglang_plugin.layer_pass import SplitPass
-
-logger = logging.getLogger(__name__)
+from rksc_sgl.sglang_plugin.opted import options_of_request, wants_prompt_logprobs
 
 
 def profiles_of(process: Any) -> ExitProfiles:
@@ -60,13 +58,11 @@ def watch(runner: Any, requests: Sequence[Any], refusal: str) -> list[Watched]:
     Args:
         refusal: why none of the batch can leave; empty if they can.
     """
-    asked = []
-    for place, req in enumerate(requests):
-        options = options_of(req.sampling_params.custom_params)
-        if options is not None and options.op == "verify" and req.extend_end >= len(req.origin_input_ids):
-            asked.append((place, req, options))
     watched = []
-    for place, req, options in asked:
+    for place, req in enumerate(requests):
+        options = options_of_request(req)
+        if options is None or options.op != "verify" or req.extend_end < len(req.origin_input_ids):
+            continue
         one, reason = (None, refusal) if refusal else _watch_one(runner, place, req, options)
         req.rksc_exit = {"rule": None, "reason": reason}
         if one is not None:
@@ -92,7 +88,7 @@ def _rule(runner: Any, req: Any, options: RequestOptions, server: ExitProfiles) 
         return None, "exit is off"
     if req.sampling_params.max_new_tokens != 1 or len(req.output_ids) > 0:
         return None, "more than one token is asked for"
-    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1:
+    if wants_prompt_logprobs(req):
         return None, "log-probabilities of the prompt are asked for"
     if req.grammar is not None:
         return None, "a grammar constrains the token"
@@ -140,18 +136,15 @@ def _settle(one: Watched, req: Any, logits: torch.Tensor, runner: Any) -> None:
     if one.exit_layer is None or one.margin is None:
         report["reason"] = "the verdict was not certain before the last layer"
         return
-    options = options_of(req.sampling_params.custom_params)
-    assert options is not None
-    yes_ids, no_ids = server.label_ids(one.rule, options)
     if one.audited:
-        exact = float(margin_of(logits[None].float(), yes_ids, no_ids))
+        exact = float(margin_of(logits[None].float(), one.rule.yes_ids, one.rule.no_ids))
         assert one.rule.risk is not None
         server.count_audit(one.rule.risk, (exact > 0) != (one.margin > 0))
         report.update(audited=True, foreseen=one.margin, margin=exact, error=0.0, reason="audited: ran to full depth")
         return
     # Its deeper layers were never computed, so nothing of it may be found by another request.
     req.skip_radix_cache_insert = True
-    verdict_logits(one.margin, yes_ids, no_ids, logits)
+    verdict_logits(one.margin, one.rule.yes_ids, one.rule.no_ids, logits)
     server.count_exit(one.rule.name, layers - one.exit_layer)
     report.update(
         layer=one.exit_layer,

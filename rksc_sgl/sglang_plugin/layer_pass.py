@@ -46,7 +46,8 @@ class SplitPass:
         self.layers = runner.model_config.num_hidden_layers
         self.lengths: list[int] = list(forward_batch.extend_seq_lens_cpu)
         self.starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        self.rows = torch.arange(self.starts[-1])  # of the whole batch, that are still there
+        self.runs: Sequence[Run] = [Run(place, 0, length) for place, length in enumerate(self.lengths)]
+        self.rows = self._rows_of(self.runs)  # of the whole batch, that are still there
         self.layer = 0
         self._fresh = True  # attention metadata must be made for the current batch
 
@@ -55,7 +56,7 @@ class SplitPass:
         if layer > self.layer:
             self._advance(layer)
 
-    def hidden(self) -> torch.Tensor:
+    def _hidden(self) -> torch.Tensor:
         """``[rows there, hidden]`` complete state between two layers."""
         from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 
@@ -64,18 +65,17 @@ class SplitPass:
     def last_states(self) -> torch.Tensor:
         """``[sequences there, hidden]`` last position of each, with the final norm applied."""
         ends = torch.tensor(self.current.extend_seq_lens_cpu).cumsum(0) - 1
-        return self.runner.model.model.norm(self.hidden()[ends].contiguous())
+        return self.runner.model.model.norm(self._hidden()[ends].contiguous())
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with these of the sequences that are there (places among them, ascending)."""
-        there = list(dict.fromkeys(torch.bucketize(self.rows, torch.tensor(self.starts[1:]), right=True).tolist()))
-        self.narrow([Run(there[place], 0, self.lengths[there[place]]) for place in places])
+        self.narrow([self.runs[place] for place in places])
 
     def narrow(self, runs: Sequence[Run]) -> None:
         """Go on with these runs of rows that are there, in the order of the batch."""
-        rows = torch.cat([torch.arange(self.starts[r.place] + r.begin, self.starts[r.place] + r.end) for r in runs])
-        hidden = self.hidden()[torch.searchsorted(self.rows, rows).to(self.full.input_ids.device)]
-        self.current, self.rows = _batch_of(self.full, runs, rows), rows
+        rows = self._rows_of(runs)
+        hidden = self._hidden()[torch.searchsorted(self.rows, rows).to(self.full.input_ids.device)]
+        self.current, self.runs, self.rows = _batch_of(self.full, runs, rows), runs, rows
         self.current.split_index = self.layer
         self._write(hidden)
 
@@ -89,14 +89,14 @@ class SplitPass:
 
         The last layer runs for one row: a model offers its logits processor only at the end of it.
         """
-        self.narrow([self._first_run()])
+        first = self.runs[0]
+        self.narrow([Run(first.place, first.begin, first.begin + 1)])
         self.current.split_index = self.layer = self.layers - 1
         return self.finish()
 
-    def _first_run(self) -> Run:
-        row = int(self.rows[0])
-        place = next(place for place, end in enumerate(self.starts[1:]) if row < end)
-        return Run(place, row - self.starts[place], row - self.starts[place] + 1)
+    def _rows_of(self, runs: Sequence[Run]) -> torch.Tensor:
+        """Rows of the whole batch, ascending."""
+        return torch.cat([torch.arange(self.starts[r.place] + r.begin, self.starts[r.place] + r.end) for r in runs])
 
     def _advance(self, layer: int) -> Any:
         result = self._run(self.current, reinit_attn_backend=self._fresh, forward_count=layer - self.layer)

@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any
 
 from rksc_sgl.early_exit.walk import Watched
-from rksc_sgl.options import options_of
 from rksc_sgl.sglang_plugin import blends, exits
 from rksc_sgl.sglang_plugin.blends import BlendJob
 from rksc_sgl.sglang_plugin.layer_pass import SplitPass
+from rksc_sgl.sglang_plugin.opted import options_of_request
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,11 @@ def run_layers(
 def _work_in(runner: Any, forward_batch: Any, batch: Any) -> Work | None:
     """What there is to do with a batch; None where it is an ordinary one."""
     requests: Sequence[Any] = batch.reqs
-    opted = [options_of(req.sampling_params.custom_params) for req in requests]
-    planned = any(getattr(req, "rksc_blend", None) is not None for req in requests)
-    if not planned and not any(options is not None and options.op == "verify" for options in opted):
+    opted = [options for req in requests if (options := options_of_request(req)) is not None]
+    if not any(options.op == "verify" or options.share == "blend" for options in opted):
         return None
     refusal = refusal_of_batch(runner, forward_batch)
-    jobs = [] if refusal or not planned else blends.jobs_of(forward_batch, requests, batch.tree_cache)
+    jobs = blends.jobs_of(forward_batch, requests, batch.tree_cache, refusal)
     watched = exits.watch(runner, requests, refusal or ("a batch with blends runs at full depth" if jobs else ""))
     return Work(watched, jobs) if watched or jobs else None
 
@@ -124,5 +123,5 @@ def refusal_of_batch(runner: Any, batch: Any) -> str:
 
 @cache
 def _said_once(reason: str) -> str:
-    logger.warning("rksc: verification runs at full depth: %s", reason)
+    logger.warning("rksc: neither early exits nor blends: %s", reason)
     return reason

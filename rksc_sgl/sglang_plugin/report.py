@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rksc_sgl.metrics import counters
-from rksc_sgl.options import KEY, options_of
+from rksc_sgl.options import KEY
 from rksc_sgl.sglang_plugin import counting, exits, inquiry, prometheus_export
+from rksc_sgl.sglang_plugin.opted import options_of_request
 
 
 def request_report(req: Any) -> dict[str, Any] | None:
@@ -16,7 +17,7 @@ def request_report(req: Any) -> dict[str, Any] | None:
     prefix: exact reuse. With mode ``blend`` the KV is approximate: ``blended_before_tokens`` were found in the
     namespace of blended KV, ``taken_tokens`` were taken over from a donor. ``declined`` says why nothing was.
     """
-    options = options_of(req.sampling_params.custom_params)
+    options = options_of_request(req)
     if options is None:
         return None
     blended = getattr(req, "rksc_blended", False) and req.cached_tokens > 0

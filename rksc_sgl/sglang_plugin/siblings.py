@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from rksc_sgl.blending.rotation import refusal_of
-from rksc_sgl.options import RequestOptions, options_of
+from rksc_sgl.options import RequestOptions
 from rksc_sgl.radix.forks import Donor, Fork, ForkKey, ForkTable, worth_blending
 from rksc_sgl.sglang_plugin.layer_pass import probe_layers
+from rksc_sgl.sglang_plugin.opted import options_of_request
 from rksc_sgl.similarity.alignment import align
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Siblings:
         for req in self.scheduler.waiting_queue:
             if getattr(req, "rksc_placed", False):
                 continue
-            options = options_of(req.sampling_params.custom_params)
+            options = options_of_request(req)
             if options is None or options.share == "exact":
                 req.rksc_placed = True
                 continue
@@ -91,17 +92,12 @@ class Siblings:
         fork = self.table.fork(key)
         gone = self._settle_anchor(key, fork, live)
         if fork.anchor is not None:
-            other = np.asarray(fork.anchor.origin_input_ids, dtype=np.int64)
-            gain = _common(other, ids)
-            if approximate:
-                gain = max(gain, align(other, ids, options.minimum_span).aligned)
-            if worth_blending(ids.size, max(exact, blended), gain, 0.0):
+            if worth_blending(ids.size, max(exact, blended), _gain(req, fork.anchor, ids, options), 0.0):
                 return True
             _use_blended(req, blended > exact)
-        elif fork.donors and not approximate:
-            pass  # what is equal from the start is found in the tree
         elif fork.donors:
-            self._place_beside(req, options, key, fork, ids, exact, blended)
+            if approximate:  # others find in the tree what is equal from the start
+                self._place_beside(req, options, key, fork, ids, exact, blended)
         else:
             fork.anchor = req
             if gone:
@@ -245,6 +241,19 @@ def _use_blended(req: Any, blended: bool) -> None:
 
 def _decline(req: Any, reason: str, **report: Any) -> None:
     req.rksc_report = {**report, "declined": reason}
+
+
+def _gain(req: Any, anchor: Any, ids: NDArray[np.int64], options: RequestOptions) -> int:
+    """How many tokens a branch could have from its anchor; found once, for it is asked in every step of the wait."""
+    known = getattr(req, "rksc_gain", None)
+    if known is not None and known[0] is anchor:
+        return known[1]
+    other = np.asarray(anchor.origin_input_ids, dtype=np.int64)
+    gain = _common(other, ids)
+    if options.share == "blend":
+        gain = max(gain, align(other, ids, options.minimum_span).aligned)
+    req.rksc_gain = (anchor, gain)
+    return gain
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:

@@ -40,7 +40,8 @@ class RecordedPass:
 
 def rule_of(layers: Sequence[int], t: float = 1.0, scale: float = 1.0) -> CertifiedRule:
     """Margin is the first entry of the state."""
-    return CertifiedRule({layer: LinearReadout(np.array([1, 0], np.float32), 0.0, scale) for layer in layers}, t, 0.01)
+    readouts = {layer: LinearReadout(np.array([1, 0], np.float32), 0.0, scale) for layer in layers}
+    return CertifiedRule(readouts, t, 0.01, [0], [1])
 
 
 def states_of(margins: dict[int, list[float]]) -> dict[int, torch.Tensor]:
