@@ -11,8 +11,6 @@ layer intervals.
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,30 +119,6 @@ def _is_plain_rotation(rotary: Any, head_dim: int) -> bool:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Norm:
-    """An RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``.
-
-    Attributes:
-        module: SGLang's; its weight is read at every use, for it may be updated.
-        root: ``sqrt(n)`` of the width n.
-        floor: 0-dim ``sqrt(n * eps)``, so that ``hypot(norm(x), floor) / root`` is the divisor.
-    """
-
-    module: Any
-    root: float
-    floor: torch.Tensor
-
-    @classmethod
-    def of(cls, module: Any) -> _Norm:
-        width = module.hidden_size
-        return cls(module, math.sqrt(width), torch.tensor(math.sqrt(width * module.variance_epsilon)))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor).div_(self.root)
-        return torch.mul(x, self.module.weight).div_(scale)
-
-
 class _Layer:
     """The modules of one decoder layer, looked up once."""
 
@@ -154,10 +128,10 @@ class _Layer:
         self.rotary = attention.rotary_emb
         self.qkv, self.output = attention.qkv_proj, attention.o_proj
         self.gate_up, self.down = layer.mlp.gate_up_proj, layer.mlp.down_proj
-        self.before_attention = _Norm.of(layer.input_layernorm)
-        self.before_mlp = _Norm.of(layer.post_attention_layernorm)
-        self.of_queries = _Norm.of(attention.q_norm) if hasattr(attention, "q_norm") else None
-        self.of_keys = _Norm.of(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.before_attention = layer.input_layernorm
+        self.before_mlp = layer.post_attention_layernorm
+        self.of_queries = getattr(attention, "q_norm", None)
+        self.of_keys = getattr(attention, "k_norm", None)
         self.queries, self.kv_heads = self.attn.tp_q_head_num, self.attn.tp_k_head_num
         self.turned, self.head_dim = self.queries + self.kv_heads, self.attn.head_dim
 
@@ -165,20 +139,22 @@ class _Layer:
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], backend: RkscCpuAttnBackend, batch: Any
     ) -> None:
         """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
-        qkv = _linear(self.qkv, self.before_attention(hidden)).unflatten(1, (-1, self.head_dim))
-        turned = _turned(self._normed(qkv[:, : self.turned]), *turn)
+        qkv = _linear(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
+        turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
         out = backend.attend(
             turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :], self.attn, batch
         )
         hidden.add_(_linear(self.output, out))
-        gate, up = _linear(self.gate_up, self.before_mlp(hidden)).chunk(2, dim=-1)
+        gate, up = _linear(self.gate_up, _normed(hidden, self.before_mlp)).chunk(2, dim=-1)
         hidden.add_(_linear(self.down, F.silu(gate).mul_(up)))
 
-    def _normed(self, heads: torch.Tensor) -> torch.Tensor:
+    def _with_norms(self, heads: torch.Tensor) -> torch.Tensor:
         """Queries and keys ``[rows, heads, dim]``, with their norms where the layer has some."""
         if self.of_queries is None or self.of_keys is None:
             return heads
-        return torch.cat((self.of_queries(heads[:, : self.queries]), self.of_keys(heads[:, self.queries :])), dim=1)
+        return torch.cat(
+            (_normed(heads[:, : self.queries], self.of_queries), _normed(heads[:, self.queries :], self.of_keys)), dim=1
+        )
 
 
 class LeanStack:
@@ -191,7 +167,7 @@ class LeanStack:
     def __init__(self, stack: Any) -> None:
         self.stack, self.original = stack, stack.forward
         self.layers = [_Layer(layer) for layer in stack.layers]
-        self.norm = _Norm.of(stack.norm)
+        self.norm = stack.norm
 
     def forward(
         self,
@@ -214,7 +190,7 @@ class LeanStack:
             if turn is None:
                 turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)
             layer.add_to(hidden, turn, backend, forward_batch)
-        return self.norm(hidden)
+        return _normed(hidden, self.norm)
 
     def _serves(self, backend: Any, batch: Any) -> bool:
         return (
@@ -224,6 +200,10 @@ class LeanStack:
             and not self.stack.layers_to_capture
             and not any(one is not None for one in batch.lora_ids or ())
         )
+
+
+def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return torch.rms_norm(x, (norm.hidden_size,), norm.weight, norm.variance_epsilon)
 
 
 def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
