@@ -33,27 +33,29 @@ _KNOWN = {
     "sglang.srt.models.qwen2.Qwen2Model": "sglang.srt.models.qwen2.Qwen2DecoderLayer",
     "sglang.srt.models.qwen3.Qwen3Model": "sglang.srt.models.qwen3.Qwen3DecoderLayer",
 }
+LEAN = "lean"
 _MODES = frozenset({ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED})
 
 
 def use_lean_layers(model: torch.nn.Module) -> str:
-    """Let a loaded model's layer stack run through :class:`LeanStack`.
+    """Let a loaded model's layer stack run through :class:`LeanStack`, where it is one that is known.
 
     Returns:
-        Why it does not; empty where it does.
+        What its decoder layers are now, with the reason where they stay SGLang's own.
     """
     stack = getattr(model, "model", None)
     refusal = refusal_of_stack(stack)
-    if not refusal:
-        stack.forward = LeanStack(stack).forward  # type: ignore[union-attr, method-assign]
-    return refusal
+    if refusal:
+        return f"SGLang's own: {refusal}"
+    stack.forward = LeanStack(stack).forward  # type: ignore[union-attr, method-assign]
+    return LEAN
 
 
 def refusal_of_stack(stack: Any) -> str:
     """Why a layer stack is none of those that are known here; empty if it is one."""
     layer_class = _KNOWN.get(_path(stack))
     if layer_class is None:
-        return f"{type(stack).__name__} is not one of the layer stacks that are known"
+        return f"{type(stack).__name__} is not one of the known stacks"
     if stack.pp_group.world_size > 1 or _ranks() > 1:
         return "the model is split between several ranks"
     if not _is_plain_norm(stack.norm):

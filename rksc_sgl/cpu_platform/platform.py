@@ -69,8 +69,8 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from rksc_sgl.cpu_platform.packed_linear import use_packed_linear
 
         logger.info("%d linear layers work on packed weights", use_packed_linear(model))
-        refusal = use_lean_layers(model)
-        logger.info("decoder layers are %s", f"SGLang's own: {refusal}" if refusal else "lean")
+        model.rksc_decoder_layers = use_lean_layers(model)
+        logger.info("decoder layers are %s", model.rksc_decoder_layers)
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

@@ -94,11 +94,13 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
     from rksc_sgl.sglang_plugin import hooks
 
     scheduler = controller.scheduler
+    runner = scheduler.tp_worker.model_runner
     result.internal_state[KEY] = {
         "tree_cache": type(scheduler.tree_cache).__name__,
-        "attention_backend": type(scheduler.tp_worker.model_runner.attn_backend).__name__,
+        "attention_backend": type(runner.attn_backend).__name__,
+        "decoder_layers": getattr(runner.model, "rksc_decoder_layers", "SGLang's own"),
         "hooks": hooks.describe(),
-        "exit": exits.state(scheduler.tp_worker.model_runner),
+        "exit": exits.state(runner),
         "counters": counters().snapshot(),
     }
     question = inquiry.Inquiry.from_rid(recv_req.rid)

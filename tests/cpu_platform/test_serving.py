@@ -117,6 +117,7 @@ def test_overlap_scheduling_is_on_and_our_platform_serves(tiny_server: ServerPro
     ours = tiny_server.get_json("/rksc/info")
     assert ours["platform"].startswith("RkscCpuPlatform")
     assert ours["schedulers"][0]["attention_backend"] == "RkscCpuAttnBackend"
+    assert ours["schedulers"][0]["decoder_layers"] == "lean"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,10 @@ def test_other_architectures_give_the_tokens_of_transformers(architecture: str, 
     path = write_tiny_model(tmp_path / f"tiny-{architecture}", architecture)
     with ServerProcess(server_arguments(["--model-path", str(path), "--max-total-tokens", "20000"])) as server:
         assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(path, LONG, 12)
+        layers = server.get_json("/rksc/info")["schedulers"][0]["decoder_layers"]
+    assert layers == (
+        "lean" if architecture != "gemma2" else "SGLang's own: Gemma2Model is not one of the known stacks"
+    )
 
 
 PROMPTS = [

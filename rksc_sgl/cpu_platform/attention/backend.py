@@ -31,6 +31,14 @@ class _PlanKey:
 
 
 @dataclass(frozen=True, eq=False)
+class _Kind:
+    """What the attention of a layer needs to know of it."""
+
+    key: _PlanKey
+    rule: LogitRule
+
+
+@dataclass(frozen=True, eq=False)
 class BatchPlans:
     """Plans of one forward pass; the first layer of each kind builds its own."""
 
@@ -104,9 +112,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             self._write(k, v, layer, forward_batch)
         return self._read(q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), layer, forward_batch)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         """:meth:`forward` for callers that have checked that the pass is planned.
 
         Args:
@@ -128,7 +134,8 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         pool.get_value_buffer(layer.layer_id).index_copy_(0, slots, v)
 
     def _read(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
-        plan, pool = self._plan(layer, forward_batch), self.token_to_kv_pool
+        kind, pool = self._kind(layer), self.token_to_kv_pool
+        plan = self._plan(kind.key, forward_batch)
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         if plan.rows < queries.shape[0]:  # rows that only pad the batch
             out[plan.rows :].zero_()
@@ -138,25 +145,32 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             queries,
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
-            LogitRule(layer.scaling, layer.logit_cap or 0.0),
+            kind.rule,
             out[: plan.rows],
             self._workspace,
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
-    def _plan(self, layer: Any, forward_batch: Any) -> AttentionPlan:
-        """The pass's plan for layers of this kind.
+    def _kind(self, layer: Any) -> _Kind:
+        """Of a layer, found once and kept with it."""
+        kind = getattr(layer, "rksc_kind", None)
+        if kind is None:
+            window = layer.sliding_window_size
+            key = _PlanKey(
+                heads=HeadShape(layer.tp_q_head_num, layer.tp_k_head_num),
+                window=window if window is not None and window > -1 else None,
+                swa_slots=self.use_sliding_window_kv_pool and self.token_to_kv_pool.layers_mapping[layer.layer_id][1],
+            )
+            kind = layer.rksc_kind = _Kind(key, LogitRule(layer.scaling, layer.logit_cap or 0.0))
+        return kind
+
+    def _plan(self, key: _PlanKey, forward_batch: Any) -> AttentionPlan:
+        """The pass's plan for layers of a kind.
 
         Another batch may have come between two intervals of a split prefill; its plans are of no use then.
         """
         if self.forward_metadata is None or not self.forward_metadata.serves(forward_batch):
             self.init_forward_metadata(forward_batch)
-        window = layer.sliding_window_size
-        key = _PlanKey(
-            heads=HeadShape(layer.tp_q_head_num, layer.tp_k_head_num),
-            window=window if window is not None and window > -1 else None,
-            swa_slots=self.use_sliding_window_kv_pool and self.token_to_kv_pool.layers_mapping[layer.layer_id][1],
-        )
         plans = self.forward_metadata.plans
         if key not in plans:
             plans[key] = build_plan(self._sequences(forward_batch, key.swa_slots), key.heads, window=key.window)

@@ -69,10 +69,10 @@ class AttentionPlan:
     whole: bool = field(init=False)  # every tile has every row in order, so that results are merged as they come
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folded", any(tile.folded for tile in self.tiles))
         every = slice(0, self.rows)
-        object.__setattr__(self, "whole", all(tile.rows == every for tile in self.tiles if isinstance(tile.rows, slice))
-                           and all(isinstance(tile.rows, slice) for tile in self.tiles))
+        whole = all(isinstance(tile.rows, slice) and tile.rows == every for tile in self.tiles)
+        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "folded", any(tile.folded for tile in self.tiles))
 
 
 def build_plan(

@@ -1,0 +1,68 @@
+"""The parts of lean decoder layers, each against what SGLang or PyTorch computes; whole models: test_serving."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow  # importing SGLang's layers takes a while
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_heads_are_turned_as_sglang_turns_them(rows: int) -> None:
+    from sglang.srt.layers.rotary_embedding.utils import apply_rotary_emb
+
+    from rksc_sgl.cpu_platform.lean_layers import _turn, _turned
+
+    torch.manual_seed(rows)
+    angles = torch.rand(100, 8) * 6
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    positions, heads = torch.randint(0, 100, (rows,)), torch.randn(rows, 5, 16)
+    cos, sin = table[positions].chunk(2, dim=-1)
+    expected = apply_rotary_emb(heads, cos, sin, True)
+    torch.testing.assert_close(_turned(heads, *_turn(table, positions)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_stack_that_is_not_known_is_left_alone_with_the_reason() -> None:
+    from rksc_sgl.cpu_platform.lean_layers import use_lean_layers
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Linear(2, 2)
+    before = model.model.forward
+    assert use_lean_layers(model) == "SGLang's own: Linear is not one of the known stacks"
+    assert model.model.forward == before
+
+
+def _stack(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(layers_to_capture=[], **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "served"),
+    [({}, True), ({"lora_ids": ["adapter"]}, False), ({"lora_ids": [None]}, True), ({"encoder_lens": [1]}, False)],
+    ids=["plain", "with an adapter", "without one", "encoder"],
+)
+def test_a_batch_that_needs_more_runs_as_sglang_has_it(change: dict[str, object], served: bool) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
+    from rksc_sgl.cpu_platform.lean_layers import LeanStack
+
+    lean = LeanStack(_stack(forward=None, layers=[], norm=None))
+    ours = RkscCpuAttnBackend.__new__(RkscCpuAttnBackend)
+    batch = SimpleNamespace(**{"forward_mode": ForwardMode.DECODE, "encoder_lens": None, "lora_ids": None, **change})
+    assert lean._serves(ours, batch) is served
+    assert not lean._serves(object(), batch)
+    lean.stack.layers_to_capture = [1]
+    assert not lean._serves(ours, batch)
+
+
+def test_a_pass_in_layer_intervals_is_not_served() -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from rksc_sgl.cpu_platform.lean_layers import _MODES
+
+    assert ForwardMode.SPLIT_PREFILL not in _MODES
+    assert ForwardMode.TARGET_VERIFY not in _MODES
