@@ -20,10 +20,10 @@ def wants_prompt_logprobs(req: Any) -> bool:
 
 
 def decline(req: Any, reason: str, **report: Any) -> None:
-    """Say in a request's report why no more was shared; what was said first stays.
+    """Say in a request's report why no more was shared.
 
     Args:
         reason: few fixed words, for it labels a counter.
         report: what else is known of it.
     """
-    req.rksc_report = {"declined": reason, **report, **getattr(req, "rksc_report", {})}
+    req.rksc_report = {**getattr(req, "rksc_report", {}), **report, "declined": reason}
