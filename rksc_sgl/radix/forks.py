@@ -172,6 +172,10 @@ class ForkTable(Generic[Request]):
         fitting = (one for one in fork.aliases if np.array_equal(tokens[: one.tokens.size], one.tokens))
         return max(fitting, key=lambda one: one.tokens.size, default=None)
 
+    def anchors(self) -> Iterator[tuple[ForkKey, Request]]:
+        """Every anchor that is waited for, or whose KV nobody has looked for yet."""
+        return ((key, fork.anchor) for key, fork in self._forks.items() if fork.anchor is not None)
+
     def donors(self) -> Iterator[tuple[ForkKey, Donor]]:
         """Every donor of every fork."""
         return ((key, donor) for key, fork in self._forks.items() for donor in fork.donors)

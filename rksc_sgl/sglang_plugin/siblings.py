@@ -171,8 +171,7 @@ class Siblings:
             req.rksc_indexed = True
             own = req.multimodal_inputs is not None or req.skip_radix_cache_insert or is_reserved(req.extra_key)
             if not own and len(req.origin_input_ids) >= LEAST_TOKENS:
-                tokens = np.asarray(req.origin_input_ids, dtype=np.int64)
-                self.residents.add(namespace_of(req), Donor(req.rid, tokens))
+                self.residents.add(namespace_of(req), _donor_of(req))
 
     def whole(self, donor: Donor, namespace: Namespace) -> bool:
         """Whether the tree has all of a donor, but for a part of a page."""
@@ -239,7 +238,7 @@ class Siblings:
         anchor = fork.anchor
         if anchor is None:
             return False
-        donor = Donor(anchor.rid, np.asarray(anchor.origin_input_ids, dtype=np.int64))
+        donor = _donor_of(anchor)
         leaving = getattr(anchor, "rksc_leaving", None) is not None
         if not leaving and self._cached(donor.tokens, key.namespace) >= donor.tokens.size - self.scheduler.page_size:
             self.table.add_donor(key, donor)
@@ -265,7 +264,8 @@ class Siblings:
         """Prompts of the whole cache that have much in common with a branch."""
         if self.residents is None:
             self.residents = ResidentPrompts()
-            for key, donor in self.table.donors():
+            anchors = [(key, _donor_of(anchor)) for key, anchor in self.table.anchors()]
+            for key, donor in (*self.table.donors(), *anchors):
                 self.residents.add(key.namespace, donor)
         namespace, found = namespace_of(branch.req), []
         for donor in self.residents.like(namespace, branch.ids, branch.options.minimum_span):
@@ -442,6 +442,10 @@ def refusal_of_request(req: Any) -> str:
         "beam search keeps its prompt": req.beam_group is not None,
     }
     return next((reason for reason, found in unsupported.items() if found), "")
+
+
+def _donor_of(req: Any) -> Donor:
+    return Donor(req.rid, np.asarray(req.origin_input_ids, dtype=np.int64))
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
