@@ -97,7 +97,7 @@ class Fork(Generic[Request]):
     @property
     def tokens(self) -> int:
         """Token ids that are held."""
-        return sum(one.tokens.size for one in (*self.donors, *self.aliases))
+        return sum(one.tokens.size for one in self.donors) + sum(one.tokens.size for one in self.aliases)
 
 
 class ForkTable(Generic[Request]):

@@ -21,7 +21,9 @@ def state(scheduler: Any) -> dict[str, Any]:
     if siblings is None:
         return {"donors": [], "aliases": [], "sharing": {"forks": 0, "tokens": 0, "indexed": None}}
     residents, tree_cache = siblings.residents, scheduler.tree_cache
-    donors = [(key.group, key.namespace, donor) for key, donor in siblings.table.donors()]
+    donors: list[tuple[str | None, Namespace, Donor]] = [
+        (key.group, key.namespace, donor) for key, donor in siblings.table.donors()
+    ]
     donors += [(None, namespace, donor) for namespace, donor in residents or ()]
     sharing: dict[str, Any] = {"forks": len(siblings.table), "tokens": siblings.table.tokens, "indexed": None}
     if residents is not None:
