@@ -37,6 +37,8 @@ class Departure:
 
 def release_merged(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER hook: those that the pass merged give their KV back and take their donor's prompt."""
+    if not batch.forward_mode.is_extend():
+        return result
     places = [place for place, req in enumerate(batch.reqs) if _is_leaving(req)]
     for place in places:
         batch.release_req(place, 0)

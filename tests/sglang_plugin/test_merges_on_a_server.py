@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
+import sglang as sgl
 from sharing_server import (
     POOL,
     Served,
@@ -19,6 +21,7 @@ from sharing_server import (
     server_of,
 )
 
+import rksc_sgl
 from benchmarks.gate_pairs import negatives, positives
 from rksc_sgl.model_fetch import resolve_model
 from rksc_sgl.server_process import ServerProcess
@@ -282,6 +285,30 @@ def test_merges_are_counted_apart(served: Served) -> None:
     assert grown == [1, report["merged_tokens"], report["replaced_tokens"]]
 
 
+def test_a_program_forks_into_wordings_that_are_merged_and_goes_on_with_them(served: Served) -> None:
+    served.flush()
+    text = problem(18)
+    metas: list[dict[str, Any]] = []
+
+    @sgl.function
+    def solve(s: Any) -> None:
+        wordings = [text, reworded(text), reworded(text, "You are a careful tutor. ")]
+        branches = rksc_sgl.fork_similar(s, wordings, share="merge", tau=-1.0)
+        branches += sgl.gen("answer", max_tokens=4, temperature=0, ignore_eos=True)
+        branches += " How many hens?"
+        branches += sgl.gen("more", max_tokens=2, temperature=0, ignore_eos=True)
+        branches.join()
+        metas.extend(one.get_meta_info(name)["rksc"] for name in ("answer", "more") for one in branches)
+
+    solve.run(backend=rksc_sgl.Endpoint(served.process.url))
+    first, later = metas[:3], metas[3:]
+    assert sorted(report["mode"] for report in first) == ["exact", "merge", "merge"]
+    assert [report["mode"] for report in later] == [report["mode"] for report in first]
+    assert all(
+        report["donor"] == other["donor"] for report, other in zip(first, later, strict=True) if "donor" in report
+    )
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--disable-overlap-schedule",), ("--tp", "2"), ("--page-size", "16"), ("--chunked-prefill-size", "64")],
@@ -326,10 +353,11 @@ def meaning(smollm_server: ServerProcess) -> Served:
 
 
 def test_paraphrases_merge_at_the_default_tau_and_continue_as_the_canonical_prompt(meaning: Served) -> None:
-    pairs = [pair for pair in positives(240) if same_content(pair.donor, pair.branch).same]
+    pairs = [pair for pair in positives(120) if same_content(pair.donor, pair.branch).same]
     kinds = {kind: [pair for pair in pairs if pair.kind == kind][:2] for kind in ("template", "wording", "both")}
     merged = 0
     for index, pair in enumerate(one for some in kinds.values() for one in some):
+        meaning.flush()
         anchor = meaning.ask(pair.donor, {"group": f"pair {index}", "branch": 0, "branches": 2, "share": "merge"}, 8)
         answer = meaning.ask(pair.branch, {"group": f"pair {index}", "branch": 1, "branches": 2, "share": "merge"}, 8)
         report = report_of(answer)
@@ -338,8 +366,8 @@ def test_paraphrases_merge_at_the_default_tau_and_continue_as_the_canonical_prom
             assert answer["output_ids"] == anchor["output_ids"]
             assert report["similarity"] >= 0.75
         else:
-            assert report["declined"] in ("similarity is below tau", "too few tokens are left to compute")
-    assert merged >= 3
+            assert report["declined"] == "too few tokens are left to compute"  # they differ at the end only
+    assert merged >= 4
 
 
 def test_near_duplicates_never_merge_at_any_tau(meaning: Served) -> None:
