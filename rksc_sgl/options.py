@@ -15,12 +15,14 @@ from typing import Any
 from rksc_sgl.errors import OptionError
 
 KEY = "rksc"
-SHARE_MODES = ("auto", "exact", "blend")
+SHARE_MODES = ("auto", "exact", "blend", "merge")
+SHARE_SCOPES = ("group", "cache")
 OPERATIONS = ("branch", "verify")
 EXITS = ("certified", "published", "off")
 SCOPES = ("verdict", "selection")
 DEFAULT_THETA, DEFAULT_EPS = 8.0, 3.0  # nats; arXiv 2606.09937
 DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, DEFAULT_DEVIATION = 16, 0.05, 0.0
+DEFAULT_TAU = 0.75
 MAX_LABEL_IDS = 64
 MAX_TRACE_LAYERS = 64
 MAX_GROUP_LENGTH = 128
@@ -37,7 +39,12 @@ class RequestOptions:
         branches: number of branches in the fork.
         share: how the branch may reuse KV of its siblings. ``exact`` only ever reuses the KV of identical prefixes;
             ``blend`` also takes over the KV of tokens that a sibling has at other places, which is approximate;
-            ``auto`` takes the best that keeps every answer: today ``exact``, with siblings that wait for their anchor.
+            ``merge`` replaces the branch's prompt by a sibling's that asks the same in other words; ``auto`` takes the
+            best that keeps every answer: ``exact``, with siblings that wait for their anchor.
+        allow_merge: whether ``auto`` may merge too.
+        tau: with merges: the least similarity of hidden states, from -1 to 1, beside what the content guard demands.
+        share_scope: whose KV a blend or merge may take: the ``group``'s, or any prompt's of the same namespace that is
+            in the ``cache``.
         minimum_span: with blends: the shortest run of equal tokens that is taken over.
         recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
             because their state moved.
@@ -58,6 +65,9 @@ class RequestOptions:
     branch: int = 0
     branches: int = 1
     share: str = "auto"
+    allow_merge: bool = False
+    tau: float = DEFAULT_TAU
+    share_scope: str = "group"
     minimum_span: int = DEFAULT_MINIMUM_SPAN
     recompute: float = DEFAULT_RECOMPUTE
     deviation: float = DEFAULT_DEVIATION
@@ -82,8 +92,26 @@ class RequestOptions:
         _check_type("branch", self.branch, int, "an integer")
         if not 0 <= self.branch < self.branches:
             raise OptionError(f"{KEY}.branch: must be 0 to branches - 1 = {self.branches - 1}, got {self.branch}")
-        _check_choice("share", self.share, SHARE_MODES)
+        self._check_sharing()
         _check_choice("op", self.op, OPERATIONS)
+        self._check_exit()
+
+    @property
+    def merges(self) -> bool:
+        """Whether the prompt may be replaced by another that asks the same."""
+        return self.share == "merge" or self.allow_merge
+
+    def _check_sharing(self) -> None:
+        _check_choice("share", self.share, SHARE_MODES)
+        _check_choice("share_scope", self.share_scope, SHARE_SCOPES)
+        _check_type("allow_merge", self.allow_merge, bool, "true or false")
+        if self.allow_merge and self.share not in ("auto", "merge"):
+            raise OptionError(f"{KEY}.allow_merge: is for share auto, and this is share {self.share}")
+        if self.share_scope == "cache" and self.share == "exact":
+            raise OptionError(f"{KEY}.share_scope: is for blends and merges; exact reuse always sees the whole cache")
+        _check_number("tau", self.tau)
+        if not -1.0 <= self.tau <= 1.0:
+            raise OptionError(f"{KEY}.tau: must be from -1 to 1, got {self.tau}")
         _check_type("minimum_span", self.minimum_span, int, "an integer")
         if self.minimum_span < 1:
             raise OptionError(f"{KEY}.minimum_span: must be at least 1, got {self.minimum_span}")
@@ -91,7 +119,6 @@ class RequestOptions:
             _check_number(key, getattr(self, key))
             if getattr(self, key) < 0.0 or (key == "recompute" and self.recompute > 1.0):
                 raise OptionError(f"{KEY}.{key}: must be from 0 on, recompute at most 1, got {getattr(self, key)}")
-        self._check_exit()
 
     def _check_exit(self) -> None:
         _check_choice("exit", self.exit, EXITS)

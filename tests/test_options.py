@@ -24,6 +24,13 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
         ({"branches": 0}, "rksc.branches: must be 1"),
         ({"branches": 1.0}, "rksc.branches: must be an integer"),
         ({"share": "always"}, "rksc.share: must be one of auto, exact"),
+        ({"share": "blend", "allow_merge": True}, "rksc.allow_merge: is for share auto"),
+        ({"allow_merge": 1}, "rksc.allow_merge: must be true or false"),
+        ({"tau": 1.01}, "rksc.tau: must be from -1 to 1"),
+        ({"tau": float("nan")}, "rksc.tau: must be a finite number"),
+        ({"tau": True}, "rksc.tau: must be a finite number"),
+        ({"share_scope": "tree"}, "rksc.share_scope: must be one of group, cache"),
+        ({"share": "exact", "share_scope": "cache"}, "rksc.share_scope: is for blends and merges"),
         ({"op": None}, "rksc.op: must be one of branch, verify"),
         ("auto", "rksc: must be an object"),
         (None, "rksc: must be an object"),
@@ -39,6 +46,13 @@ def test_options_survive_the_way_through_a_request() -> None:
     options = RequestOptions(group="g", branch=3, branches=8, share="exact", op="verify")
     assert RequestOptions.from_mapping(options.to_mapping()) == options
     assert RequestOptions().to_mapping() == {}
+
+
+def test_merging_is_what_was_asked_for_or_allowed() -> None:
+    assert not RequestOptions().merges and not RequestOptions(share="blend").merges
+    assert RequestOptions(share="merge").merges and RequestOptions(allow_merge=True).merges
+    options = RequestOptions(share="merge", allow_merge=True, tau=-1, share_scope="cache")
+    assert RequestOptions.from_mapping(options.to_mapping()) == options
 
 
 @pytest.mark.parametrize("custom_params", [None, {}, {"thinking_budget": 3}, "rksc", 5])

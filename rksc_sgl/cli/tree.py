@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from rksc_sgl.errors import RkscError, ServerRefusedError, ServerUnreachableError, TreeListingError
-from rksc_sgl.tree_view import Listing, page, text_tree
+from rksc_sgl.tree_view import AliasEdge, Listing, page, text_tree
 
 TIMEOUT_S = 60.0
 UNBROKEN = 10_000  # columns: in a file or a pipe, a node is one line
@@ -75,7 +76,8 @@ def get_from_plugin(url: str, path: str, params: dict[str, Any], api_key: str | 
 def _listing(answer: dict[str, Any]) -> Listing:
     if answer["tree"] is None:
         raise TreeListingError(answer["problem"])
-    return Listing.from_plain(answer["tree"])
+    aliases = tuple(AliasEdge.from_plain(one) for one in answer.get("aliases", ()))  # an older server has none
+    return replace(Listing.from_plain(answer["tree"]), aliases=aliases)
 
 
 def _title(answer: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -16,7 +17,7 @@ from sglang.lang.tracer import TracerProgramState
 
 from rksc_sgl.errors import OptionError, RkscError, ServerError
 from rksc_sgl.frontend.endpoint import BranchEndpoint, Endpoint, RkscDegradedWarning
-from rksc_sgl.options import MAX_BRANCHES, RequestOptions
+from rksc_sgl.options import DEFAULT_TAU, MAX_BRANCHES, RequestOptions
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,9 @@ def fork_similar(
     branches: int | Sequence[SglExpr | str],
     *,
     share: str = "auto",
+    allow_merge: bool = False,
+    tau: float = DEFAULT_TAU,
+    share_scope: str = "group",
 ) -> BranchGroup:
     """Fork a state into branches that share what they can of its prefix.
 
@@ -97,8 +101,12 @@ def fork_similar(
         branches: a number of branches with the same text, or one expression or string for each branch, appended
             to it (other wordings of one problem, say).
         share: ``exact`` reuses KV of identical prefixes, which changes nothing; ``blend`` also takes over KV of equal
-            tokens at other places, which is approximate (``docs/blending.md``); ``auto`` takes the best that keeps
-            every answer: today ``exact``, with siblings that wait for the first branch's prefix.
+            tokens at other places, which is approximate; ``merge`` gives a branch the first one's prompt in place of
+            its own, where that asks the same in other words (``docs/sharing.md``); ``auto`` takes the best that keeps
+            every answer: ``exact``, with siblings that wait for the first branch's prefix.
+        allow_merge: ``auto`` may merge too.
+        tau: with merges: the least similarity of hidden states, from -1 to 1.
+        share_scope: whose KV a blend or merge may take: the ``group``'s, or any of its namespace in the ``cache``.
 
     Returns:
         The group: index, iterate, ``+=`` an expression, a list or a callable, ``join`` it, ``verify_gated`` it.
@@ -107,7 +115,8 @@ def fork_similar(
         (an :class:`RkscDegradedWarning` says so, once).
 
     Raises:
-        OptionError: ``branches`` is empty, not positive, or of the wrong type; ``share`` is unknown.
+        OptionError: ``branches`` is empty, not positive, or of the wrong type; an option of sharing is unknown, out of
+            range, or does not go with ``share``.
         ServerError: the shared prefix could not be computed.
     """
     if isinstance(s, TracerProgramState):
@@ -116,7 +125,8 @@ def fork_similar(
     size = len(appended)
     parent = s.stream_executor
     group_id = uuid.uuid4().hex
-    options = [RequestOptions(group=group_id, branch=index, branches=size, share=share) for index in range(size)]
+    sharing = RequestOptions(share=share, allow_merge=allow_merge, tau=tau, share_scope=share_scope)
+    options = [replace(sharing, group=group_id, branch=index, branches=size) for index in range(size)]
     parent.sync()
     if parent.error_ is None and parent.text_ and size > 1:
         parent.submit(SglCommitLazy())

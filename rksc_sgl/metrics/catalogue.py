@@ -40,12 +40,16 @@ _ALL = (
     ),
     Metric(
         TOKENS_REUSED,
-        "Prompt tokens of requests that opted in, served from KV that was there already: exact, or approximate (blend)",
+        "Prompt tokens of requests that opted in, served from KV that was there already: exact, approximate (blend), "
+        "or of the prompt that replaced theirs (merge)",
         ("kind",),
     ),
     Metric(TOKENS_RECOMPUTED, "Prompt tokens that had KV of a donor and were computed again"),
-    Metric(TOKENS_REPLACED, "Prompt tokens that were replaced by those of the anchor they were merged into"),
-    Metric(PROBE_SECONDS, "Seconds in the layers that run for every token of a blended batch, copies of KV included"),
+    Metric(TOKENS_REPLACED, "Prompt tokens that were replaced by those of the prompt they were merged with"),
+    Metric(
+        PROBE_SECONDS,
+        "Seconds in the layers that run for every token of a batch with blends or merges, copies of KV included",
+    ),
     Metric(EXITS, "Verifications that left before the last layer", ("rule",)),
     Metric(EXIT_LAYERS_SAVED, "Layers that verifications which left early did not run"),
     Metric(EXIT_AUDITS, "Exits that were run to full depth and compared, by certified risk", ("risk",)),

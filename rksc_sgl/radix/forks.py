@@ -1,8 +1,9 @@
-"""Forks on a server: the anchor that is being prefilled, and the donors whose KV is there."""
+"""Forks on a server: the anchor that is being prefilled, the donors whose KV is there, and who was merged with them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -10,12 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_DONORS = 4  # of one fork; the oldest goes first
-MOST_TOKENS = 4_000_000  # of all donors together, 32 MB of token ids
+MOST_ALIASES = 256  # of one fork; the oldest goes first
+MOST_TOKENS = 4_000_000  # of all donors and aliases together, 32 MB of token ids
 MOST_FORKS = 4096
 LEAST_TOKENS = 64  # a prefill shorter than this costs little more than the step that it rides on
 WORTH = 0.8  # of what the exact prefill would compute, at most
 
 Request = TypeVar("Request")
+
+
+class Namespace(NamedTuple):
+    """What SGLang keeps apart: KV of one namespace is never used in another.
+
+    Attributes:
+        extra_key, cache_salt, lora: of the request.
+    """
+
+    extra_key: str | None
+    cache_salt: str | None
+    lora: str | None
 
 
 class ForkKey(NamedTuple):
@@ -31,6 +45,10 @@ class ForkKey(NamedTuple):
     cache_salt: str | None
     lora: str | None
 
+    @property
+    def namespace(self) -> Namespace:
+        return Namespace(self.extra_key, self.cache_salt, self.lora)
+
 
 @dataclass(frozen=True, eq=False)
 class Donor:
@@ -45,6 +63,23 @@ class Donor:
     tokens: NDArray[np.int64]
 
 
+@dataclass(frozen=True, eq=False)
+class Alias:
+    """A prompt that is read as another one, because a branch was merged.
+
+    Attributes:
+        name: the request that was merged.
+        tokens: int64 ``[n]``, its own prompt.
+        canonical: the donor whose prompt it took.
+        similarity: what the gate found.
+    """
+
+    name: str
+    tokens: NDArray[np.int64]
+    canonical: Donor
+    similarity: float
+
+
 @dataclass
 class Fork(Generic[Request]):
     """One fork.
@@ -52,14 +87,25 @@ class Fork(Generic[Request]):
     Attributes:
         anchor: the branch that is being prefilled and that its siblings wait for.
         donors: oldest first.
+        aliases: oldest first; the canonical donor of each is among the donors.
     """
 
     anchor: Request | None = None
     donors: list[Donor] = field(default_factory=list)
+    aliases: list[Alias] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Token ids that are held."""
+        return sum(one.tokens.size for one in self.donors) + sum(one.tokens.size for one in self.aliases)
 
 
 class ForkTable(Generic[Request]):
-    """The forks of a server, in bounded memory: the one that was longest not asked for is forgotten first."""
+    """The forks of a server, in bounded memory: the one that was longest not asked for is forgotten first.
+
+    Attributes:
+        tokens: token ids that are held, of donors and aliases.
+    """
 
     def __init__(self, most_tokens: int = MOST_TOKENS, most_forks: int = MOST_FORKS) -> None:
         self._forks: OrderedDict[ForkKey, Fork[Request]] = OrderedDict()
@@ -76,24 +122,72 @@ class ForkTable(Generic[Request]):
         self._forget()
         return found
 
-    def add_donor(self, key: ForkKey, donor: Donor) -> None:
-        """Remember a donor of a fork; the oldest of too many is forgotten."""
+    def add_donor(self, key: ForkKey, donor: Donor) -> Donor:
+        """Remember a donor of a fork; the oldest of too many is forgotten, with its aliases.
+
+        Returns:
+            The fork's donor of that prompt: the one that was there before, if it was.
+        """
         fork = self.fork(key)
+        known = next((one for one in fork.donors if np.array_equal(one.tokens, donor.tokens)), None)
+        if known is not None:
+            return known
         fork.donors.append(donor)
         self.tokens += donor.tokens.size
         while len(fork.donors) > MOST_DONORS:
             self.drop_donor(key, fork.donors[0])
         self._forget()
+        return donor
 
     def drop_donor(self, key: ForkKey, donor: Donor) -> None:
-        """Forget a donor whose KV is gone."""
-        self._forks[key].donors.remove(donor)
+        """Forget a donor whose KV is gone, and those who were merged with it."""
+        fork = self._forks[key]
+        fork.donors.remove(donor)
         self.tokens -= donor.tokens.size
+        for alias in [one for one in fork.aliases if one.canonical is donor]:
+            self.drop_alias(key, alias)
+
+    def add_alias(self, key: ForkKey, alias: Alias) -> None:
+        """Remember that a prompt is read as a donor's; the donor is one of the fork from then on."""
+        canonical = self.add_donor(key, alias.canonical)
+        fork = self._forks[key]
+        for known in [one for one in fork.aliases if np.array_equal(one.tokens, alias.tokens)]:
+            self.drop_alias(key, known)
+        fork.aliases.append(Alias(alias.name, alias.tokens, canonical, alias.similarity))
+        self.tokens += alias.tokens.size
+        while len(fork.aliases) > MOST_ALIASES:
+            self.drop_alias(key, fork.aliases[0])
+        self._forget()
+
+    def drop_alias(self, key: ForkKey, alias: Alias) -> None:
+        """Forget that a prompt is read as another."""
+        self._forks[key].aliases.remove(alias)
+        self.tokens -= alias.tokens.size
+
+    def alias_of(self, key: ForkKey, tokens: NDArray[np.int64]) -> Alias | None:
+        """The longest alias of a fork with which these tokens begin."""
+        fork = self._forks.get(key)
+        if fork is None:
+            return None
+        fitting = (one for one in fork.aliases if np.array_equal(tokens[: one.tokens.size], one.tokens))
+        return max(fitting, key=lambda one: one.tokens.size, default=None)
+
+    def anchors(self) -> Iterator[tuple[ForkKey, Request]]:
+        """Every anchor that is waited for, or whose KV nobody has looked for yet."""
+        return ((key, fork.anchor) for key, fork in self._forks.items() if fork.anchor is not None)
+
+    def donors(self) -> Iterator[tuple[ForkKey, Donor]]:
+        """Every donor of every fork."""
+        return ((key, donor) for key, fork in self._forks.items() for donor in fork.donors)
+
+    def aliases(self) -> Iterator[tuple[ForkKey, Alias]]:
+        """Every alias of every fork."""
+        return ((key, alias) for key, fork in self._forks.items() for alias in fork.aliases)
 
     def _forget(self) -> None:
         while len(self._forks) > 1 and (len(self._forks) > self._most_forks or self.tokens > self._most_tokens):
             _, fork = self._forks.popitem(last=False)
-            self.tokens -= sum(donor.tokens.size for donor in fork.donors)
+            self.tokens -= fork.tokens
 
 
 def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -> bool:
@@ -108,3 +202,13 @@ def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -
     exact = tokens - cached
     blend = tokens * probe_share + (tokens - aligned) * (1.0 - probe_share)
     return exact >= LEAST_TOKENS and blend <= WORTH * exact
+
+
+def worth_merging(tokens: int, cached: int) -> bool:
+    """Whether a merge saves more than the second step that it takes.
+
+    Args:
+        tokens: of the branch.
+        cached: its tokens that the exact tree has already.
+    """
+    return tokens - cached >= LEAST_TOKENS

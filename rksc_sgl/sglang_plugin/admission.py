@@ -7,7 +7,7 @@ from typing import Any
 from rksc_sgl.errors import OptionError
 from rksc_sgl.options import options_of
 from rksc_sgl.sglang_plugin import exits
-from rksc_sgl.sglang_plugin.siblings import is_reserved
+from rksc_sgl.sglang_plugin.resident import is_reserved
 
 
 def option_error(sampling_params: Any, tokenizer_manager: Any) -> str | None:

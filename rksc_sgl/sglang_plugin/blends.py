@@ -8,7 +8,6 @@ attention as sequences of their own (:class:`~rksc_sgl.sglang_plugin.layer_pass.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,10 @@ import torch
 
 from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.rotation import Rotation, rotation_of
-from rksc_sgl.metrics import PROBE_SECONDS, counters
-from rksc_sgl.sglang_plugin.layer_pass import Run, SplitPass, probe_layers
+from rksc_sgl.sglang_plugin.layer_pass import probe_layers
 from rksc_sgl.sglang_plugin.opted import wants_prompt_logprobs
-from rksc_sgl.sglang_plugin.siblings import BlendPlan, resident_slots
+from rksc_sgl.sglang_plugin.resident import resident_slots
+from rksc_sgl.sglang_plugin.siblings import BlendPlan
 
 Agreement = Callable[[torch.Tensor], torch.Tensor]  # makes a decision the same on every rank
 
@@ -87,22 +86,11 @@ def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, t
     return BlendJob(place, plan, own.to(torch.int64), theirs, new, torch.where(there, source, -1))
 
 
-def run(layer_pass: SplitPass, jobs: Sequence[BlendJob], requests: Sequence[Any], agree: Agreement) -> Any:
-    """The whole forward pass of a batch with blends; the logits processor's output."""
-    runner, began = layer_pass.runner, time.perf_counter()
-    layer_pass.run_to(probe_layers(runner))
-    by_place = {job.place: job for job in jobs}
-    runs: list[Run] = []
-    for place, length in enumerate(layer_pass.lengths):
-        job = by_place.get(place)
-        if job is None:
-            runs.append(Run(place, 0, length))
-            continue
-        kept = _runs_of_job(runner, job, requests[place], agree)
-        runs += [Run(place, begin, end) for begin, end in kept]
-    counters().add(PROBE_SECONDS, time.perf_counter() - began)
-    layer_pass.narrow(runs)
-    return layer_pass.finish()
+def decide(
+    runner: Any, jobs: Sequence[BlendJob], requests: Sequence[Any], agree: Agreement
+) -> dict[int, list[tuple[int, int]]]:
+    """After the probe: what is computed of each blended sequence, by its place; the rest is taken over here."""
+    return {job.place: _runs_of_job(runner, job, requests[job.place], agree) for job in jobs}
 
 
 def _runs_of_job(runner: Any, job: BlendJob, req: Any, agree: Agreement) -> list[tuple[int, int]]:

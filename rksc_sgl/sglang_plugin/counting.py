@@ -40,5 +40,6 @@ def count_request(report: dict[str, Any], *, aborted: bool) -> None:
     counters().add(REQUESTS, op=report["op"], mode=report["mode"], reason=reason)
     counters().add(TOKENS_REUSED, report.get("reused_tokens", 0), kind="exact")
     counters().add(TOKENS_REUSED, report.get("taken_tokens", 0) + report.get("blended_before_tokens", 0), kind="blend")
+    counters().add(TOKENS_REUSED, report.get("merged_tokens", 0), kind="merge")
     for name, key in _TOKENS.items():
         counters().add(name, report.get(key, 0))

@@ -18,7 +18,7 @@ from typing import Any
 
 from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
-from rksc_sgl.sglang_plugin import admission, passes, report, routes, siblings
+from rksc_sgl.sglang_plugin import admission, departures, passes, report, routes, siblings
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,33 @@ HOOKS: tuple[Hook, ...] = (
         why="siblings wait for their anchor, and each branch gets its namespace and its donor",
     ),
     Hook(
+        target=f"{_SCHEDULER}.Scheduler.run_batch",
+        module=_SCHEDULER,
+        kind="after",
+        function=departures.release_merged,
+        parameters=("self", "batch", "pp_proxy_tensors"),
+        process="scheduler",
+        why="a branch that was merged gives its KV back and takes its donor's prompt",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.Scheduler.get_next_batch_to_run",
+        module=_SCHEDULER,
+        kind="before",
+        function=departures.part_from_batch,
+        parameters=("self", "running_batch", "last_batch"),
+        process="scheduler",
+        why="a branch that was merged is not decoded with the batch that it left",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.Scheduler.process_batch_result",
+        module=_SCHEDULER,
+        kind="after",
+        function=departures.settle_results,
+        parameters=("self", "batch", "result"),
+        process="scheduler",
+        why="a branch that was merged queues up again; prompts of the whole cache are remembered as donors",
+    ),
+    Hook(
         target=f"{_WORKER}.TpModelWorker.forward_batch_generation",
         module=_WORKER,
         kind="around",
@@ -165,7 +192,7 @@ HOOKS: tuple[Hook, ...] = (
             "return_kv_loc_plan",
         ),
         process="scheduler",
-        why="early exit and blends: which requests are in the batch",
+        why="early exit, blends and merges: which requests are in the batch",
     ),
     Hook(
         target=f"{_RUNNER}.ModelRunner._forward_raw",
@@ -174,7 +201,7 @@ HOOKS: tuple[Hook, ...] = (
         function=passes.choose_mode,
         parameters=("self", "forward_batch", "pp_proxy_tensors", "reinit_attn_backend", "split_forward_count"),
         process="scheduler",
-        why="a batch with verifications or blends runs as a split prefill",
+        why="a batch with verifications, blends or merges runs as a split prefill",
     ),
     Hook(
         target=f"{_RUNNER}.ModelRunner.forward_split_prefill",
@@ -183,7 +210,7 @@ HOOKS: tuple[Hook, ...] = (
         function=passes.run_layers,
         parameters=("self", "forward_batch", "reinit_attn_backend", "forward_count"),
         process="scheduler",
-        why="the layers run in intervals, between which verdicts leave and KV is taken over",
+        why="the layers run in intervals, between which verdicts and merged branches leave and KV is taken over",
     ),
 )
 

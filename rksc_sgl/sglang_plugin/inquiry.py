@@ -13,7 +13,7 @@ from typing import Any
 
 from rksc_sgl.errors import TreeListingError
 from rksc_sgl.metrics import counters
-from rksc_sgl.sglang_plugin import tree_listing
+from rksc_sgl.sglang_plugin import sharing, tree_listing
 from rksc_sgl.tree_view import Prompt, RecentPrompts, largest
 
 DEFAULT_NODES, MAX_NODES = 500, 10_000
@@ -61,7 +61,7 @@ def answer(inquiry: Inquiry, scheduler: Any) -> dict[str, Any]:
     from sglang.srt.runtime_context import get_parallel
 
     about = {"stats": _stats, "tree": _tree}[inquiry.about]
-    return {"dp_rank": get_parallel().dp_rank or 0, **about(inquiry, scheduler)}
+    return {"dp_rank": get_parallel().dp_rank or 0, **about(inquiry, scheduler), **sharing.state(scheduler)}
 
 
 def _stats(inquiry: Inquiry, scheduler: Any) -> dict[str, Any]:

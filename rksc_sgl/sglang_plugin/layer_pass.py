@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,5 +161,18 @@ def _batch_of(full: Any, runs: Sequence[Run], rows: torch.Tensor) -> Any:
 
 
 def probe_layers(runner: Any) -> int:
-    """How many layers run for every token of a blended prompt: a fifteenth of the model's, at least two."""
+    """How many layers run for every token of a prompt that shares: a fifteenth of the model's, at least two."""
     return max(2, runner.model_config.num_hidden_layers // 15)
+
+
+def refusal_of_model(model: Any) -> str:
+    """Why a model cannot run in layer intervals; empty if it can."""
+    if hasattr(model, "forward_split_prefill") and hasattr(getattr(model, "model", None), "norm"):
+        return ""
+    return _said_once(f"{type(model).__name__} has no split prefill")
+
+
+@cache
+def _said_once(reason: str) -> str:
+    logger.warning("rksc: neither early exits nor blends nor merges: %s", reason)
+    return reason

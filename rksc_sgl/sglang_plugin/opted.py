@@ -17,3 +17,13 @@ def options_of_request(req: Any) -> RequestOptions | None:
 def wants_prompt_logprobs(req: Any) -> bool:
     """Whether log-probabilities of the prompt are asked for, which need every layer of every token."""
     return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1
+
+
+def decline(req: Any, reason: str, **report: Any) -> None:
+    """Say in a request's report why no more was shared.
+
+    Args:
+        reason: few fixed words, for it labels a counter.
+        report: what else is known of it.
+    """
+    req.rksc_report = {**getattr(req, "rksc_report", {}), **report, "declined": reason}

@@ -1,4 +1,4 @@
-"""Where a forward pass becomes ours: an extend batch runs in layer intervals, for exits or for blends.
+"""Where a forward pass becomes ours: an extend batch runs in layer intervals, for exits or for blends and merges.
 
 Three hooks work together. ``TpModelWorker.forward_batch_generation`` knows the requests; ``ModelRunner._forward_raw``
 prepares the pass, and is told to run it as a split prefill where there is something to do between the layers; and
@@ -7,20 +7,19 @@ prepares the pass, and is told to run it as a split prefill where there is somet
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from rksc_sgl.early_exit.walk import Watched
-from rksc_sgl.sglang_plugin import blends, exits
+from rksc_sgl.metrics import PROBE_SECONDS, counters
+from rksc_sgl.sglang_plugin import blends, exits, merges
 from rksc_sgl.sglang_plugin.blends import BlendJob
-from rksc_sgl.sglang_plugin.layer_pass import SplitPass
+from rksc_sgl.sglang_plugin.layer_pass import Run, SplitPass, probe_layers, refusal_of_model
+from rksc_sgl.sglang_plugin.merges import MergeJob
 from rksc_sgl.sglang_plugin.opted import options_of_request
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Work:
     """What is to be done with a batch besides computing it."""
 
     watched: list[Watched]
-    jobs: list[BlendJob]
+    blended: list[BlendJob]
+    merging: list[MergeJob]
 
 
 _batch: ContextVar[Any] = ContextVar("rksc_batch", default=None)
@@ -46,7 +46,7 @@ def remember_batch(original: Callable[..., Any], worker: Any, batch: Any = None,
 
 
 def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND hook: an extend batch with verifications or blends runs as a split prefill."""
+    """AROUND hook: an extend batch with verifications, blends or merges runs as a split prefill."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     batch = _batch.get()
@@ -81,30 +81,51 @@ def run_layers(
         return original(runner, part, **kwargs)
 
     layer_pass = SplitPass(runner, forward_batch, run)
-    if work.jobs:
-        return blends.run(layer_pass, work.jobs, requests, exits.agreement())
+    if work.blended or work.merging:
+        return _share(layer_pass, work, requests)
     return exits.run(layer_pass, work.watched, requests)
+
+
+def _share(layer_pass: SplitPass, work: Work, requests: Sequence[Any]) -> Any:
+    """The whole forward pass of a batch with blends and merges; the logits processor's output."""
+    began = time.perf_counter()
+    layer_pass.run_to(probe_layers(layer_pass.runner))
+    agree = exits.agreement()
+    leaving = merges.decide(layer_pass.runner, work.merging, requests, agree)
+    kept = blends.decide(layer_pass.runner, work.blended, requests, agree)
+    runs: list[Run] = []
+    for place, length in enumerate(layer_pass.lengths):
+        if place not in leaving:
+            runs += [Run(place, begin, end) for begin, end in kept.get(place, [(0, length)])]
+    counters().add(PROBE_SECONDS, time.perf_counter() - began)
+    if not runs:
+        return layer_pass.give_up()
+    layer_pass.narrow(runs)
+    return layer_pass.finish()
 
 
 def _work_in(runner: Any, forward_batch: Any, batch: Any) -> Work | None:
     """What there is to do with a batch; None where it is an ordinary one."""
     requests: Sequence[Any] = batch.reqs
     opted = [options for req in requests if (options := options_of_request(req)) is not None]
-    if not any(options.op == "verify" or options.share == "blend" for options in opted):
+    if not any(options.op == "verify" or options.share == "blend" or options.merges for options in opted):
         return None
     refusal = refusal_of_batch(runner, forward_batch)
-    jobs = blends.jobs_of(forward_batch, requests, batch.tree_cache, refusal)
-    watched = exits.watch(runner, requests, refusal or ("a batch with blends runs at full depth" if jobs else ""))
-    return Work(watched, jobs) if watched or jobs else None
+    blended = blends.jobs_of(forward_batch, requests, batch.tree_cache, refusal)
+    merging = merges.jobs_of(forward_batch, requests, batch, refusal)
+    sharing = "a batch with blends or merges runs at full depth" if blended or merging else ""
+    watched = exits.watch(runner, requests, refusal or sharing)
+    return Work(watched, blended, merging) if watched or blended or merging else None
 
 
 def refusal_of_batch(runner: Any, batch: Any) -> str:
     """Why a batch cannot run in layer intervals; empty if it can."""
     from sglang.srt.runtime_context import get_parallel
 
-    model, captured = runner.model, batch.capture_hidden_mode
-    if not hasattr(model, "forward_split_prefill") or not hasattr(getattr(model, "model", None), "norm"):
-        return _said_once(f"{type(model).__name__} has no split prefill")
+    captured = batch.capture_hidden_mode
+    refusal = refusal_of_model(runner.model)
+    if refusal:
+        return refusal
     # fmt: off
     unsupported = {
         "pipeline parallelism": get_parallel().pp_size > 1,
@@ -119,9 +140,3 @@ def refusal_of_batch(runner: Any, batch: Any) -> str:
     }
     # fmt: on
     return next((f"a batch with {name} runs at full depth" for name, found in unsupported.items() if found), "")
-
-
-@cache
-def _said_once(reason: str) -> str:
-    logger.warning("rksc: neither early exits nor blends: %s", reason)
-    return reason

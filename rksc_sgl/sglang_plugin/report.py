@@ -15,16 +15,21 @@ def request_report(req: Any) -> dict[str, Any] | None:
 
     ``mode`` says how the prefix came to be, ``reused_tokens`` how many of its tokens were served from KV of the same
     prefix: exact reuse. With mode ``blend`` the KV is approximate: ``blended_before_tokens`` were found in the
-    namespace of blended KV, ``taken_tokens`` were taken over from a donor. ``declined`` says why nothing was.
+    namespace of blended KV, ``taken_tokens`` were taken over from a donor. With mode ``merge`` the first
+    ``replaced_tokens`` of the prompt were replaced by the donor's, ``merged_tokens`` of which were there already.
+    ``declined`` says why nothing was shared.
     """
     options = options_of_request(req)
     if options is None:
         return None
-    blended = getattr(req, "rksc_blended", False) and req.cached_tokens > 0
-    report: dict[str, Any] = {"mode": "blend" if blended else "exact", "op": options.op}
-    report.update(reused_tokens=0 if blended else req.cached_tokens, **getattr(req, "rksc_report", {}))
-    if blended:
-        report["blended_before_tokens"] = req.cached_tokens
+    report: dict[str, Any] = {"mode": "exact", "op": options.op, "reused_tokens": req.cached_tokens}
+    canonical = getattr(req, "rksc_canonical", 0)
+    if getattr(req, "rksc_blended", False) and req.cached_tokens > 0:
+        report.update(mode="blend", reused_tokens=0, blended_before_tokens=req.cached_tokens)
+    elif canonical:
+        merged = min(canonical, req.cached_tokens)
+        report.update(mode="merge", reused_tokens=req.cached_tokens - merged, merged_tokens=merged)
+    report.update(getattr(req, "rksc_report", {}))
     if getattr(req, "rksc_waited", 0):
         report["waited_passes"] = req.rksc_waited
     if options.group is not None:
@@ -49,6 +54,7 @@ def reporting_streamer_class(result: type, scheduler: Any) -> type:
         has_additional_customized_info = scheduler.rust_server is None
 
         def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
+            reqs = [req for req in reqs if getattr(req, "rksc_leaving", None) is None]
             finishing = counting.about_to_finish(reqs, skip_req) if counts and self.is_generation else []
             super().stream_output(reqs, return_logprob, skip_req)
             for req in finishing:

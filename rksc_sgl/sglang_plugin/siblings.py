@@ -7,14 +7,14 @@ requests with a common prefix that wait together (in-batch prefix caching), whic
 partly cached and knows nothing of tokens that are equal at other places.
 
 KV that was blended is approximate and lives under an ``extra_key`` of its own: a request that did not opt in, or that
-asked for ``share="exact"``, has another key and cannot meet it.
+asked for ``share="exact"``, has another key and cannot meet it. A merged branch has its donor's token ids in place of
+its own, so that its KV is that of its ids like any other's.
 """
 
 from __future__ import annotations
 
 import logging
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,30 @@ from numpy.typing import NDArray
 
 from rksc_sgl.blending.rotation import refusal_of
 from rksc_sgl.options import RequestOptions
-from rksc_sgl.radix.forks import Donor, Fork, ForkKey, ForkTable, worth_blending
-from rksc_sgl.sglang_plugin.layer_pass import probe_layers
-from rksc_sgl.sglang_plugin.opted import options_of_request
+from rksc_sgl.radix.forks import (
+    LEAST_TOKENS,
+    Donor,
+    Fork,
+    ForkKey,
+    ForkTable,
+    Namespace,
+    worth_blending,
+    worth_merging,
+)
+from rksc_sgl.radix.residents import ResidentPrompts
+from rksc_sgl.sglang_plugin.common_values import common_values
+from rksc_sgl.sglang_plugin.layer_pass import probe_layers, refusal_of_model
+from rksc_sgl.sglang_plugin.opted import decline, options_of_request
+from rksc_sgl.sglang_plugin.replacing import refusal_of_replacing, replace_prompt
+from rksc_sgl.sglang_plugin.resident import blended_key, has_tree, is_reserved, refusal_of_pool, resident_slots
 from rksc_sgl.similarity.alignment import align
+from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
 
 logger = logging.getLogger(__name__)
 
-BLENDED = "\x1frksc-blended"  # ends the extra_key of blended KV; no printable key ends so
+DONORS_GONE = "the KV of its donors is gone"
+TOO_FEW = "too few tokens are left to compute"
+NOT_PROBED = "its batch could not be probed"
 
 
 @dataclass(eq=False)
@@ -51,15 +67,77 @@ class BlendPlan:
     options: RequestOptions
 
 
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Whose prompt a branch may take in place of its own: the content guard agreed, the similarity is to be measured.
+
+    Attributes:
+        donor: the prompt that asks the same.
+        extra_key: the donor's namespace in the tree.
+        key: the fork in which the merge is remembered; None for a request without a group.
+        tau: the least similarity.
+        common: ``[probe layers, heads * size]`` what the values of all prompts have in common.
+    """
+
+    donor: Donor
+    extra_key: str | None
+    key: ForkKey | None
+    tau: float
+    common: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A request that is being placed.
+
+    Attributes:
+        req: SGLang's request.
+        options: its options.
+        ids: int64 ``[n]`` its prompt.
+        exact, blended: how many of its tokens the tree has under its own key, and under that of blended KV.
+    """
+
+    req: Any
+    options: RequestOptions
+    ids: NDArray[np.int64]
+    exact: int
+    blended: int
+
+    @property
+    def approximate(self) -> bool:
+        return self.options.share == "blend"
+
+    @property
+    def key(self) -> ForkKey | None:
+        """Its fork; None without a group."""
+        group = self.options.group
+        return None if group is None else ForkKey(group, *namespace_of(self.req))
+
+    def use_blended(self, blended: bool) -> None:
+        """Take the namespace of blended KV where that is better."""
+        if blended:
+            self.req.extra_key = blended_key(self.req.extra_key)
+            self.req.rksc_blended = True
+
+
 class Siblings:
-    """Placement of the branches that wait in one scheduler."""
+    """Placement of the branches that wait in one scheduler.
+
+    Attributes:
+        table: the forks, their donors and their aliases.
+        residents: prompts of all namespaces; None until a request asks for ``share_scope="cache"``.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.table: ForkTable[Any] = ForkTable()
+        self.residents: ResidentPrompts | None = None
         runner = scheduler.tp_worker.model_runner
-        self.refusal = refusal_of(runner.model) or refusal_of_pool(runner.token_to_kv_pool)
+        pool_refusal = refusal_of_pool(runner.token_to_kv_pool)
+        self.blend_refusal = refusal_of(runner.model) or pool_refusal
+        self.merge_refusal = pool_refusal or refusal_of_model(runner.model) or refusal_of_replacing(scheduler)
         self.probe_share = probe_layers(runner) / runner.model_config.num_hidden_layers
+        self._common: torch.Tensor | None = None
 
     def place(self) -> set[str]:
         """Decide for every waiting request that was not decided on yet; the ids of those that go on waiting."""
@@ -80,28 +158,75 @@ class Siblings:
                 req.rksc_placed = True
         return held
 
+    def index(self, reqs: Iterable[Any]) -> None:
+        """Remember prompts that were just computed, for requests that may share with the whole cache.
+
+        Those of every request, whether it opted in or not: the tree has their KV for everybody of their namespace.
+        """
+        if self.residents is None:
+            return
+        for req in reqs:
+            if not len(req.output_ids) or getattr(req, "rksc_indexed", False):
+                continue  # its prefill is not complete; or it was seen
+            req.rksc_indexed = True
+            own = req.multimodal_inputs is not None or req.skip_radix_cache_insert or is_reserved(req.extra_key)
+            if not own and len(req.origin_input_ids) >= LEAST_TOKENS:
+                self.residents.add(namespace_of(req), _donor_of(req))
+
+    def whole(self, donor: Donor, namespace: Namespace) -> bool:
+        """Whether the tree has all of a donor, but for a part of a page."""
+        return self._cached(donor.tokens, namespace) > donor.tokens.size - self.scheduler.page_size
+
     def _waits(self, req: Any, options: RequestOptions, live: set[int]) -> bool:
         """Place a request; or True where it waits for its anchor."""
-        ids, approximate = np.asarray(req.origin_input_ids, dtype=np.int64), options.share == "blend"
-        exact = self._cached(req.origin_input_ids, req.extra_key, req)
-        blended = self._cached(req.origin_input_ids, blended_key(req.extra_key), req) if approximate else 0
-        if options.group is None or options.op != "branch":
-            _use_blended(req, blended > exact)
+        if options.merges and options.group is not None and self._follows_alias(req, options.group):
             return False
-        key = ForkKey(options.group, req.extra_key, req.cache_salt, req.lora_id)
+        namespace = namespace_of(req)
+        exact = self._cached(req.origin_input_ids, namespace)
+        blended = 0
+        if options.share == "blend":
+            blended = self._cached(req.origin_input_ids, namespace._replace(extra_key=blended_key(req.extra_key)))
+        branch = Branch(req, options, np.asarray(req.origin_input_ids, dtype=np.int64), exact, blended)
+        key = branch.key
+        if options.op != "branch":
+            branch.use_blended(blended > exact)
+        elif key is not None:
+            return self._waits_in_fork(branch, key, live)
+        elif options.share_scope == "cache":
+            self._place_beside(branch, self._like(branch))
+        elif options.merges:
+            decline(req, "without a group there is no donor")
+        else:
+            branch.use_blended(blended > exact)
+        return False
+
+    def _waits_in_fork(self, branch: Branch, key: ForkKey, live: set[int]) -> bool:
+        """Place a branch of a fork; or True where it waits for its anchor."""
         fork = self.table.fork(key)
         gone = self._settle_anchor(key, fork, live)
         if fork.anchor is not None:
-            if worth_blending(ids.size, max(exact, blended), _gain(req, fork.anchor, ids, options), 0.0):
+            gain = self._gain(branch, fork.anchor)
+            if worth_blending(branch.ids.size, max(branch.exact, branch.blended), gain, 0.0):
                 return True
-            _use_blended(req, blended > exact)
-        elif fork.donors:
-            if approximate:  # others find in the tree what is equal from the start
-                self._place_beside(req, options, key, fork, ids, exact, blended)
-        else:
-            fork.anchor = req
-            if gone:
-                _decline(req, "the anchor that it could have shared with is gone")
+            if branch.options.merges and not hasattr(branch.req, "rksc_report"):
+                decline(branch.req, TOO_FEW)
+        lost = self._drop_lost(branch, key, fork)
+        alone = fork.anchor is None and not fork.donors
+        if alone and gone:
+            decline(branch.req, "the anchor that it could have shared with is gone")
+        elif alone and lost and (branch.approximate or branch.options.merges):
+            decline(branch.req, DONORS_GONE)
+        donors = list(fork.donors)
+        if branch.options.share_scope == "cache":
+            donors += self._like(branch)
+        if alone and not donors:
+            fork.anchor = branch.req
+            return False
+        chosen = self._place_beside(branch, donors)
+        if chosen is not None:
+            self.table.add_donor(key, chosen)
+        elif alone:
+            fork.anchor = branch.req
         return False
 
     def _settle_anchor(self, key: ForkKey, fork: Fork[Any], live: set[int]) -> bool:
@@ -113,9 +238,10 @@ class Siblings:
         anchor = fork.anchor
         if anchor is None:
             return False
-        ids = anchor.origin_input_ids
-        if self._cached(ids, key.extra_key, anchor) >= len(ids) - self.scheduler.tree_cache.page_size:
-            self.table.add_donor(key, Donor(anchor.rid, np.asarray(ids, dtype=np.int64)))
+        donor = _donor_of(anchor)
+        leaving = getattr(anchor, "rksc_leaving", None) is not None
+        if not leaving and self._cached(donor.tokens, key.namespace) >= donor.tokens.size - self.scheduler.page_size:
+            self.table.add_donor(key, donor)
             fork.anchor = None
         elif id(anchor) not in live or len(anchor.output_ids) > 1:  # aborted; or decoding, and still not in the tree
             logger.info("rksc: the KV of anchor %s of fork %s is gone; its siblings go on", anchor.rid, key.group)
@@ -123,45 +249,149 @@ class Siblings:
             return True
         return False
 
-    def _place_beside(
-        self,
-        req: Any,
-        options: RequestOptions,
-        key: ForkKey,
-        fork: Fork[Any],
-        ids: NDArray[np.int64],
-        exact: int,
-        blended: int,
-    ) -> None:
-        """Give a branch the donor with which it computes least, or none."""
-        for donor in list(fork.donors):
-            if self._cached(donor.tokens, key.extra_key, req) < min(donor.tokens.size - 1, options.minimum_span):
-                self.table.drop_donor(key, donor)
-        if not fork.donors:
-            fork.anchor = req
-            return _decline(req, "the KV of its donors is gone")
-        found = [(align(donor.tokens, ids, options.minimum_span), donor) for donor in fork.donors]
+    def _drop_lost(self, branch: Branch, key: ForkKey, fork: Fork[Any]) -> bool:
+        """Forget the donors of a fork whose KV is gone; True if there were some and none is left."""
+        lost = [donor for donor in fork.donors if self._is_lost(branch, donor)]
+        for donor in lost:
+            self.table.drop_donor(key, donor)
+        return bool(lost) and not fork.donors
+
+    def _is_lost(self, branch: Branch, donor: Donor) -> bool:
+        cached = self._cached(donor.tokens, namespace_of(branch.req))
+        return cached < min(donor.tokens.size - 1, branch.options.minimum_span)
+
+    def _like(self, branch: Branch) -> list[Donor]:
+        """Prompts of the whole cache that have much in common with a branch."""
+        if self.residents is None:
+            self.residents = ResidentPrompts()
+            anchors = [(key, _donor_of(anchor)) for key, anchor in self.table.anchors()]
+            for key, donor in (*self.table.donors(), *anchors):
+                self.residents.add(key.namespace, donor)
+        namespace, found = namespace_of(branch.req), []
+        for donor in self.residents.like(namespace, branch.ids, branch.options.minimum_span):
+            if self._is_lost(branch, donor):
+                self.residents.drop(namespace, donor)
+            else:
+                found.append(donor)
+        return found
+
+    def _place_beside(self, branch: Branch, donors: Sequence[Donor]) -> Donor | None:
+        """Plan what a branch takes from these donors, if anything.
+
+        Returns:
+            The donor whose tokens it takes over. None also where a merge is planned: its own prompt may become exact
+            KV yet.
+        """
+        if branch.options.merges:
+            self._plan_merge(branch, donors)
+            return None
+        if not branch.approximate:
+            return None  # it finds in the tree what is equal from the start
+        if not donors:
+            branch.use_blended(branch.blended > branch.exact)
+            return None
+        return self._plan_blend(branch, donors)
+
+    def _plan_blend(self, branch: Branch, donors: Sequence[Donor]) -> Donor | None:
+        """Give a branch the donor with which it computes least; None where that is not worth it."""
+        req, options = branch.req, branch.options
+        found = [(align(donor.tokens, branch.ids, options.minimum_span), donor) for donor in donors]
         alignment, donor = max(found, key=lambda one: one[0].aligned)
         report = {"donor": donor.name, "aligned_tokens": alignment.aligned}
-        if self.refusal:
-            return _decline(req, self.refusal, **report)
-        if not worth_blending(ids.size, exact, alignment.aligned, self.probe_share) and blended <= exact:
-            return _decline(req, "too few tokens align for what is cached", **report)
-        _use_blended(req, True)
-        req.rksc_blend = BlendPlan(donor, key.extra_key, alignment.source, options)
+        if self.blend_refusal:
+            decline(req, self.blend_refusal, **report)
+            return None
+        worth = worth_blending(branch.ids.size, branch.exact, alignment.aligned, self.probe_share)
+        if not worth and branch.blended <= branch.exact:
+            decline(req, "too few tokens align for what is cached", **report)
+            return None
+        req.rksc_blend = BlendPlan(donor, req.extra_key, alignment.source, options)
         req.rksc_report = report
-        logger.debug("rksc: %s takes %d of %d tokens from %s", req.rid, alignment.aligned, ids.size, donor.name)
+        branch.use_blended(True)
+        logger.debug("rksc: %s takes %d of %d tokens from %s", req.rid, alignment.aligned, branch.ids.size, donor.name)
+        return donor
 
-    def _cached(self, ids: Any, extra_key: str | None, req: Any) -> int:
-        """How many tokens of a prompt the tree has under a key."""
-        return len(resident_slots(self.scheduler.tree_cache, ids, extra_key, req.cache_salt))
+    def _plan_merge(self, branch: Branch, donors: Sequence[Donor]) -> None:
+        """Give a branch the first donor that asks the same, or say why there is none."""
+        req, namespace = branch.req, namespace_of(branch.req)
+        begun = (np.array_equal(donor.tokens, branch.ids[: donor.tokens.size]) for donor in donors)
+        if not donors or any(begun):
+            return  # what a donor has from the start is exact reuse
+        refusal = self.merge_refusal or refusal_of_request(req)
+        if not refusal and not worth_merging(branch.ids.size, branch.exact):
+            refusal = TOO_FEW
+        if refusal:
+            return decline(req, refusal)
+        verdicts = [(self._same(donor.tokens, branch.ids), donor) for donor in donors]
+        same = [donor for verdict, donor in verdicts if verdict.same]
+        resident = [donor for donor in same if self.whole(donor, namespace)]
+        if not same:
+            verdict, donor = verdicts[0]
+            return decline(req, f"content guard: {verdict.reason}", donor=donor.name)
+        if not resident:
+            return decline(req, DONORS_GONE, donor=same[0].name)
+        if self._common is None:
+            self._common = common_values(self.scheduler)
+            if self._common is None:
+                return decline(req, "no room to compute what all prompts have in common", donor=resident[0].name)
+        decline(req, NOT_PROBED, donor=resident[0].name)  # until it is
+        req.rksc_merge = MergePlan(resident[0], req.extra_key, branch.key, branch.options.tau, self._common)
+
+    def _same(self, donor: Any, branch: Any) -> GuardVerdict:
+        """What the content guard says of two prompts, given as token ids."""
+        decode = self.scheduler.tokenizer.decode
+        return same_content(*(decode(list(map(int, ids)), skip_special_tokens=False) for ids in (donor, branch)))
+
+    def _follows_alias(self, req: Any, group: str) -> bool:
+        """Read the beginning of a prompt as the one that it was merged with before; False where it was not."""
+        key = ForkKey(group, *namespace_of(req))
+        alias = self.table.alias_of(key, np.asarray(req.origin_input_ids, dtype=np.int64))
+        if alias is None:
+            return False
+        donor, own = alias.canonical, alias.tokens.size
+        if not self.whole(donor, key.namespace):
+            self.table.drop_donor(key, donor)
+            decline(req, "the prompt that it was merged with is gone", alias_dropped=True)
+            return False
+        length = len(req.origin_input_ids) - own + donor.tokens.size
+        refusal = refusal_of_request(req)
+        if refusal or length >= self.scheduler.max_req_input_len:
+            decline(req, refusal or "the prompt that it was merged with makes it too long", donor=donor.name)
+            return True  # as itself, and without another probe
+        req.rksc_report = {"donor": donor.name, "similarity": alias.similarity}
+        replace_prompt(self.scheduler, req, own, donor)
+        return True
+
+    def _gain(self, branch: Branch, anchor: Any) -> int:
+        """How many tokens it could have from its anchor; found once, for it is asked in every step of the wait."""
+        req, options = branch.req, branch.options
+        known = getattr(req, "rksc_gain", None)
+        if known is not None and known[0] is anchor:
+            return known[1]
+        other = np.asarray(anchor.origin_input_ids, dtype=np.int64)
+        gain = _common(other, branch.ids)
+        if branch.approximate:
+            gain = max(gain, align(other, branch.ids, options.minimum_span).aligned)
+        elif options.merges and not self.merge_refusal:
+            verdict = self._same(other, branch.ids)
+            if verdict.same:
+                gain = branch.ids.size
+            else:
+                decline(req, f"content guard: {verdict.reason}", donor=anchor.rid)
+        req.rksc_gain = (anchor, gain)
+        return gain
+
+    def _cached(self, ids: Any, namespace: Namespace) -> int:
+        """How many tokens of a prompt the tree has in a namespace."""
+        return len(resident_slots(self.scheduler.tree_cache, ids, namespace.extra_key, namespace.cache_salt))
 
     def _live(self) -> set[int]:
-        """Requests that are queued, being prefilled or running."""
+        """Requests that are queued, being prefilled or running, or whose results are still to come."""
         scheduler = self.scheduler
         requests: list[Any] = [*scheduler.waiting_queue, scheduler.chunked_req]
-        for name in ("running_batch", "last_batch", "cur_batch"):
-            batch = getattr(scheduler, name, None)
+        batches = [getattr(scheduler, name, None) for name in ("running_batch", "last_batch", "cur_batch")]
+        batches += [batch for batch, _ in getattr(scheduler, "result_queue", ())]
+        for batch in batches:
             requests += batch.reqs if batch is not None else []
         return {id(req) for req in requests if req is not None and not req.finished()}
 
@@ -169,7 +399,7 @@ class Siblings:
 def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook: a prefill batch is made of what does not wait for an anchor."""
     queue = scheduler.waiting_queue
-    if not queue or not _has_tree(scheduler.tree_cache):
+    if not queue or not has_tree(scheduler.tree_cache):
         return original(scheduler, *args, **kwargs)
     held = siblings_of(scheduler).place()
     if not held:
@@ -187,25 +417,6 @@ def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
         ]
 
 
-def _has_tree(tree_cache: Any) -> bool:
-    """Whether this is the unified radix tree and in use (not ``--disable-radix-cache``)."""
-    return hasattr(tree_cache, "tree_core") and not tree_cache.disable
-
-
-def refusal_of_pool(pool: Any) -> str:
-    """Why KV cannot be copied within a pool; empty if it can.
-
-    A pool with a part of its own for sliding windows has other slots there; a quantized one hands out copies.
-    """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-    from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
-
-    if type(pool) not in (MHATokenToKVPool, LazyMHATokenToKVPool):
-        return f"KV in a {type(pool).__name__} cannot be copied token by token"
-    return f"quantized KV ({pool.dtype}) cannot be turned" if pool.store_dtype != pool.dtype else ""
-
-
 def siblings_of(scheduler: Any) -> Siblings:
     """The placement of a scheduler, made when it is first asked for."""
     found = getattr(scheduler, "rksc_siblings", None)
@@ -214,55 +425,30 @@ def siblings_of(scheduler: Any) -> Siblings:
     return found
 
 
-def blended_key(extra_key: str | None) -> str:
-    """The namespace of blended KV beside that of exact KV."""
-    return (extra_key or "") + BLENDED
+def namespace_of(req: Any) -> Namespace:
+    """What SGLang keeps a request's KV apart by."""
+    return Namespace(req.extra_key, req.cache_salt, req.lora_id)
 
 
-def resident_slots(tree_cache: Any, ids: Any, extra_key: str | None, cache_salt: str | None) -> torch.Tensor:
-    """Slots of the longest prefix of a prompt that the tree has on the device."""
-    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-
-    tokens = ids if isinstance(ids, array) else array("q", ids.tolist() if hasattr(ids, "tolist") else ids)
-    key = RadixKey(token_ids=tokens, extra_key=extra_key, cache_salt=cache_salt)
-    found = tree_cache.match_prefix(MatchPrefixParams(key=key))
-    if not found.device_prefix_len:
-        return torch.empty(0, dtype=torch.int64)
-    root = tree_cache.root_node_handle(extra_key)
-    return tree_cache.tree_core.collect_full_device_indices(found.last_device_node, root)[: found.device_prefix_len]
-
-
-def _use_blended(req: Any, blended: bool) -> None:
-    if blended:
-        req.extra_key = blended_key(req.extra_key)
-        req.rksc_blended = True
+def refusal_of_request(req: Any) -> str:
+    """Why the prompt of a request cannot be replaced by another; empty if it can."""
+    unsupported = {
+        "log-probabilities of the prompt are asked for": req.return_logprob
+        and 0 <= req.logprob_start_len < len(req.origin_input_ids),
+        "its session has a prompt of its own": req.session is not None,
+        "its prompt is more than token ids": req.multimodal_inputs is not None
+        or req.input_embeds is not None
+        or req.positional_embed_overrides is not None,
+        "beam search keeps its prompt": req.beam_group is not None,
+    }
+    return next((reason for reason, found in unsupported.items() if found), "")
 
 
-def _decline(req: Any, reason: str, **report: Any) -> None:
-    req.rksc_report = {**report, "declined": reason}
-
-
-def _gain(req: Any, anchor: Any, ids: NDArray[np.int64], options: RequestOptions) -> int:
-    """How many tokens a branch could have from its anchor; found once, for it is asked in every step of the wait."""
-    known = getattr(req, "rksc_gain", None)
-    if known is not None and known[0] is anchor:
-        return known[1]
-    other = np.asarray(anchor.origin_input_ids, dtype=np.int64)
-    gain = _common(other, ids)
-    if options.share == "blend":
-        gain = max(gain, align(other, ids, options.minimum_span).aligned)
-    req.rksc_gain = (anchor, gain)
-    return gain
+def _donor_of(req: Any) -> Donor:
+    return Donor(req.rid, np.asarray(req.origin_input_ids, dtype=np.int64))
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     size = min(first.size, second.size)
     differ = np.flatnonzero(first[:size] != second[:size])
     return int(differ[0]) if differ.size else size
-
-
-def is_reserved(extra_key: str | Iterable[str] | None) -> bool:
-    """Whether a client's ``extra_key`` is one that only we may use."""
-    keys = [extra_key] if isinstance(extra_key, str) else list(extra_key or ())
-    return any(isinstance(key, str) and key.endswith(BLENDED) for key in keys)

@@ -64,6 +64,38 @@ class ShownNode:
 
 
 @dataclass(frozen=True)
+class AliasEdge:
+    """A prompt that is read as another one of the tree.
+
+    Attributes:
+        branch: the request whose prompt it was.
+        canonical: the request whose prompt is read in its place.
+        namespace: the ``extra_key`` of both; None for the common one.
+        tokens, canonical_tokens: of the two prompts.
+        node: where the canonical prompt ends in the tree; None where it is not there any more.
+    """
+
+    branch: str
+    canonical: str
+    namespace: str | None
+    tokens: int
+    canonical_tokens: int
+    node: int | None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> AliasEdge:
+        """What the server said of it; facts that this release does not know are left out.
+
+        Raises:
+            TreeListingError: a fact that this release needs is not there.
+        """
+        try:
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise TreeListingError(f"the server's aliases are not such as this release can read: {error}") from error
+
+
+@dataclass(frozen=True)
 class Listing:
     """The shown part of one scheduler's tree.
 
@@ -71,11 +103,13 @@ class Listing:
         total: nodes in the tree, with the root.
         left_out: nodes that are not shown.
         nodes: those that are, each after its parent.
+        aliases: prompts that are read as others; they travel beside the listing, not in it.
     """
 
     total: int
     left_out: int
     nodes: tuple[ShownNode, ...]
+    aliases: tuple[AliasEdge, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """As values that JSON and msgpack have; flat, so that a deep tree is no deep nesting."""

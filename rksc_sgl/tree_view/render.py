@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from rich.text import Text
 from rich.tree import Tree
 
-from rksc_sgl.tree_view.listing import Listing, ShownNode
+from rksc_sgl.tree_view.listing import AliasEdge, Listing, ShownNode
 
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
 details, .leaf { margin-left: 1.2rem; border-left: 1px solid #ddd; padding-left: .5rem; }
 .tokens { font-weight: 600; } .held { color: #b35900; } .words { font-family: ui-monospace, monospace; color: #064; }
-.more { color: #777; font-style: italic; }
+.more { color: #777; font-style: italic; } .alias { color: #06c; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818; } details, .leaf { border-color: #444; }
   .held { color: #fb4; } .words { color: #8d8; }
@@ -63,8 +63,30 @@ def more_below(node: ShownNode, shown_below: int) -> str:
     return f"{hidden} more node{'' if hidden == 1 else 's'} not shown" if hidden else ""
 
 
+def alias_line(alias: AliasEdge) -> str:
+    """What to say of an alias beside the node that it leads to."""
+    return (
+        f"<- alias {alias.branch!r}: {alias.tokens} tokens read as the {alias.canonical_tokens} of {alias.canonical!r}"
+    )
+
+
+def _by_node(listing: Listing) -> dict[int | None, list[AliasEdge]]:
+    """Aliases by the shown node that they lead to; None has those whose node is not shown or not there."""
+    shown = {node.id for node in listing.nodes}
+    found: dict[int | None, list[AliasEdge]] = {}
+    for alias in listing.aliases:
+        found.setdefault(alias.node if alias.node in shown else None, []).append(alias)
+    return found
+
+
+def _astray(alias: AliasEdge) -> str:
+    """What to say of an alias whose node is not shown."""
+    where = "not in the tree any more" if alias.node is None else "not shown"
+    return f"{alias_line(alias)}, {where}"
+
+
 def text_tree(title: str, listing: Listing) -> Tree:
-    """For a terminal."""
+    """For a terminal; an alias is a line below the node that it leads to."""
     top = Tree(Text(title, "bold"))
     branches: dict[int | None, Tree] = {None: top}
     children = _children_of(listing.nodes)
@@ -73,10 +95,15 @@ def text_tree(title: str, listing: Listing) -> Tree:
         node = waiting.pop()
         branches[node.id] = branches[node.parent].add(_label(node))
         waiting += reversed(children[node.id])
+    edges = _by_node(listing)
     for node in listing.nodes:
+        for alias in edges.get(node.id, ()):
+            branches[node.id].add(Text(alias_line(alias), "cyan"))
         more = more_below(node, sum(child.left_out for child in children[node.id]))
         if more:
             branches[node.id].add(Text(more, "dim italic"))
+    for alias in edges.get(None, ()):
+        top.add(Text(_astray(alias), "cyan"))
     return top
 
 
@@ -104,9 +131,13 @@ def page(title: str, listings: Sequence[tuple[str, Listing]]) -> str:
     return "\n".join([*parts, "</body></html>\n"])
 
 
+def _alias_leaf(line: str) -> str:
+    return f'<div class="leaf alias">{html.escape(line)}</div>'
+
+
 def _details(listing: Listing) -> list[str]:
     """Nested details; a stack, because a tree may be deeper than Python likes to call."""
-    children = _children_of(listing.nodes)
+    children, edges = _children_of(listing.nodes), _by_node(listing)
     parts: list[str] = []
     waiting: list[ShownNode | str] = list(listing.nodes[:1])
     while waiting:
@@ -115,15 +146,17 @@ def _details(listing: Listing) -> list[str]:
             parts.append(node)
             continue
         more = more_below(node, sum(child.left_out for child in children[node.id]))
-        if not children[node.id] and not more:
+        leaves = [_alias_leaf(alias_line(alias)) for alias in edges.get(node.id, ())]
+        if not children[node.id] and not more and not leaves:
             parts.append(f'<div class="leaf">{_line(node)}</div>')
             continue
         parts.append(f"<details{' open' if node.depth < 2 else ''}><summary>{_line(node)}</summary>")
+        parts += leaves
         waiting.append("</details>")
         if more:
             waiting.append(f'<div class="leaf more">{html.escape(more)}</div>')
         waiting += reversed(children[node.id])
-    return parts
+    return [*parts, *(_alias_leaf(_astray(alias)) for alias in edges.get(None, ()))]
 
 
 def _line(node: ShownNode) -> str:

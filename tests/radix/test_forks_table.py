@@ -28,9 +28,9 @@ def test_forks_of_other_namespaces_are_other_forks() -> None:
 def test_the_oldest_donors_of_a_fork_are_forgotten_first() -> None:
     table: ForkTable[str] = ForkTable()
     for index in range(MOST_DONORS + 2):
-        table.add_donor(key(), donor(str(index)))
+        table.add_donor(key(), donor(str(index), 10 + index))
     assert [one.name for one in table.fork(key()).donors] == [str(index) for index in range(2, MOST_DONORS + 2)]
-    assert table.tokens == 10 * MOST_DONORS
+    assert table.tokens == sum(10 + index for index in range(2, MOST_DONORS + 2))
 
 
 @settings(deadline=None)

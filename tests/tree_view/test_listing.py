@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rksc_sgl.errors import TreeListingError
-from rksc_sgl.tree_view import Listing, Node, Prompt, RecentPrompts, largest
+from rksc_sgl.tree_view import AliasEdge, Listing, Node, Prompt, RecentPrompts, largest
 
 ROOT = Node(0, None, 0, 1, False)
 #        0
@@ -113,3 +113,10 @@ def test_a_prompt_that_is_larger_than_the_memory_pushes_nothing_out() -> None:
     recent.add(Prompt((range(4),)))
     recent.add(Prompt((range(5),)))
     assert [len(prompt) for prompt in recent] == [4]
+
+
+def test_an_alias_that_a_server_tells_is_read_and_an_unreadable_one_is_named() -> None:
+    plain = {"branch": "b", "canonical": "c", "namespace": None, "tokens": 3, "canonical_tokens": 4, "node": None}
+    assert AliasEdge.from_plain({**plain, "newer": 1}) == AliasEdge("b", "c", None, 3, 4, None)
+    with pytest.raises(TreeListingError, match="canonical"):
+        AliasEdge.from_plain({"branch": "b"})

@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from rksc_sgl.tree_view import Listing, Node, largest, page, text_tree
+from rksc_sgl.tree_view import AliasEdge, Listing, Node, largest, page, text_tree
 
 NODES = [
     Node(0, None, 0, 1, False),
@@ -88,3 +88,30 @@ def test_the_page_is_one_file_with_every_tag_closed_and_nothing_executed() -> No
 def test_a_chain_deeper_than_python_calls_becomes_a_page() -> None:
     chain = [NODES[0], *(Node(number, number - 1, 1, 0, True) for number in range(1, 3000))]
     assert page("deep", [("s", largest(chain, 3000))]).count("<details") == 2999
+
+
+ALIASES = (
+    AliasEdge("<b>one</b>", "anchor", None, 40, 44, 2),
+    AliasEdge("two", "anchor", "ns", 41, 44, 99),
+    AliasEdge("three", "anchor", None, 42, 44, None),
+)
+
+
+def test_an_alias_is_drawn_below_the_node_that_it_leads_to() -> None:
+    lines = as_text(replace(listing(), aliases=ALIASES)).splitlines()
+    place = next(index for index, line in enumerate(lines) if "<b>one</b>" in line)
+    assert "9 tokens" in lines[place - 1] and lines[place].index("<-") > lines[place - 1].index("9 tokens")
+    assert "40 tokens read as the 44 of 'anchor'" in lines[place]
+    (two,) = (line for line in lines if "'two'" in line)
+    (three,) = (line for line in lines if "'three'" in line)
+    assert two.endswith("not shown") and three.endswith("not in the tree any more")
+
+
+def test_a_page_has_its_aliases_with_every_tag_closed() -> None:
+    html = page("aliases", [("s", replace(listing(), aliases=ALIASES))])
+    structure = Structure()
+    structure.feed(html)
+    structure.close()
+    assert structure.open == [] and "b" not in structure.seen
+    assert html.count('<div class="leaf alias">') == 3
+    assert html.index("9 tokens") < html.index("&lt;b&gt;one") < html.index("1 token<")

@@ -1,0 +1,105 @@
+"""In the scheduler: a branch that was merged leaves its batch, and comes back with its donor's prompt.
+
+It goes SGLang's own way of a retracted request: its KV is released and never put into the tree, and its sampled token
+is nobody's. Three moments matter, with and without overlap scheduling:
+
+1. its batch was launched (``run_batch``): KV is released, the prompt replaced;
+2. the next batch is made (``get_next_batch_to_run``): it must not be decoded with the others;
+3. the batch's results were processed (``process_batch_result``): only now may it be scheduled again, for until then a
+   result is on its way that SGLang would take for its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rksc_sgl.radix.forks import Alias
+from rksc_sgl.sglang_plugin.replacing import replace_prompt
+from rksc_sgl.sglang_plugin.siblings import MergePlan, Siblings, siblings_of
+
+
+@dataclass(frozen=True, eq=False)
+class Departure:
+    """Requests that left a batch.
+
+    Attributes:
+        batch: the batch as the scheduler has it; results are processed with a copy under overlap scheduling.
+        reqs: in the batch's order.
+    """
+
+    batch: Any
+    reqs: Sequence[Any]
+
+
+def release_merged(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER hook: those that the pass merged give their KV back and take their donor's prompt."""
+    if not batch.forward_mode.is_extend():
+        return result
+    places = [place for place, req in enumerate(batch.reqs) if _is_leaving(req)]
+    for place in places:
+        batch.release_req(place, 0)
+        _take_prompt(scheduler, batch.reqs[place])
+    if places:
+        result.rksc_departure = Departure(batch, [batch.reqs[place] for place in places])
+    return result
+
+
+def part_from_batch(scheduler: Any, running_batch: Any, last_batch: Any) -> None:
+    """BEFORE hook: those that left are not in the batch any more when it is decoded."""
+    if last_batch is not None and last_batch.forward_mode.is_extend() and _drop_leaving(last_batch):
+        running_batch.batch_is_full = False
+
+
+def settle_results(result: Any, scheduler: Any, batch: Any, batch_result: Any) -> Any:
+    """AFTER hook: those that left queue up again, in front; prompts that were computed are remembered."""
+    departure: Departure | None = getattr(batch_result, "rksc_departure", None)
+    if departure is not None:
+        _drop_leaving(departure.batch)
+        for req in departure.reqs:
+            req.rksc_leaving = None
+        scheduler.waiting_queue[:0] = [req for req in departure.reqs if not _is_aborted(scheduler, req)]
+    siblings: Siblings | None = getattr(scheduler, "rksc_siblings", None)
+    if siblings is not None and batch.forward_mode.is_extend():
+        siblings.index(batch.reqs)
+    return result
+
+
+def _is_leaving(req: Any) -> bool:
+    return getattr(req, "rksc_leaving", None) is not None
+
+
+def _take_prompt(scheduler: Any, req: Any) -> None:
+    plan: MergePlan = req.rksc_leaving
+    own = np.asarray(req.origin_input_ids, dtype=np.int64)
+    replace_prompt(scheduler, req, own.size, plan.donor)
+    if plan.key is not None:
+        alias = Alias(req.rid, own, plan.donor, req.rksc_report["similarity"])
+        siblings_of(scheduler).table.add_alias(plan.key, alias)
+    # What SGLang counts of this request begins anew; it was not retracted for want of memory.
+    req.retraction_count -= 1
+    req.retracted_stain = req._cache_breakdown_computed = False
+    req.cached_tokens = 0
+
+
+def _drop_leaving(batch: Any) -> bool:
+    """Take those that leave out of a batch; whether there were some."""
+    kept = [place for place, req in enumerate(batch.reqs) if not _is_leaving(req)]
+    if len(kept) == len(batch.reqs):
+        return False
+    batch.filter_batch(keep_indices=kept)
+    return True
+
+
+def _is_aborted(scheduler: Any, req: Any) -> bool:
+    """Whether a request was aborted on its way; it is answered then, as SGLang does with one that is queued."""
+    from sglang.srt.managers.scheduler import _make_abort_req
+
+    if req.to_finish is None:
+        return False
+    scheduler._release_aborted_request(req)
+    scheduler.send_abort_output(_make_abort_req(req, finished_reason=req.to_finish.to_json()), req)
+    return True

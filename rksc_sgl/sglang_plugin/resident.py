@@ -1,0 +1,59 @@
+"""What the tree has of a prompt, and where; and the namespaces of ours in it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+BLENDED = "\x1frksc-blended"  # ends the extra_key of blended KV; no printable key ends so
+
+
+def blended_key(extra_key: str | None) -> str:
+    """The namespace of blended KV beside that of exact KV."""
+    return (extra_key or "") + BLENDED
+
+
+def is_reserved(extra_key: str | Iterable[str] | None) -> bool:
+    """Whether a client's ``extra_key`` is one that only we may use."""
+    keys = [extra_key] if isinstance(extra_key, str) else list(extra_key or ())
+    return any(isinstance(key, str) and key.endswith(BLENDED) for key in keys)
+
+
+def has_tree(tree_cache: Any) -> bool:
+    """Whether this is the unified radix tree and in use (not ``--disable-radix-cache``)."""
+    return hasattr(tree_cache, "tree_core") and not tree_cache.disable
+
+
+def resident_slots(tree_cache: Any, ids: Any, extra_key: str | None, cache_salt: str | None) -> torch.Tensor:
+    """Slots of the longest prefix of a prompt that the tree has on the device."""
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(token_ids=as_ids(ids), extra_key=extra_key, cache_salt=cache_salt)
+    found = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    if not found.device_prefix_len:
+        return torch.empty(0, dtype=torch.int64)
+    root = tree_cache.root_node_handle(extra_key)
+    return tree_cache.tree_core.collect_full_device_indices(found.last_device_node, root)[: found.device_prefix_len]
+
+
+def as_ids(ids: Any) -> array[int]:
+    """Token ids as SGLang's radix keys and requests have them."""
+    return ids if isinstance(ids, array) else array("q", ids.tolist() if hasattr(ids, "tolist") else ids)
+
+
+def refusal_of_pool(pool: Any) -> str:
+    """Why KV cannot be read and copied within a pool; empty if it can.
+
+    A pool with a part of its own for sliding windows has other slots there; a quantized one hands out copies.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
+
+    if type(pool) not in (MHATokenToKVPool, LazyMHATokenToKVPool):
+        return f"KV in a {type(pool).__name__} cannot be copied token by token"
+    return f"quantized KV ({pool.dtype}) cannot be turned" if pool.store_dtype != pool.dtype else ""
