@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,10 +17,11 @@ from tqdm import tqdm
 from rksc_sgl import __version__
 from rksc_sgl.cli.tree import DEFAULT_URL, UNBROKEN, get_from_plugin
 from rksc_sgl.errors import ServerVersionError
-from rksc_sgl.proof.arms import DECLINED_MERGE, MERGE, Steps, arms_of, measure
+from rksc_sgl.proof.arms import Steps, arms_of, measure
 from rksc_sgl.proof.texts import prompts
 from rksc_sgl.proof.verdict import Proof, Row, judge
 
+FULL = "float32"
 NOT_OFFERED = "not offered by this server"
 
 
@@ -43,14 +45,14 @@ def prove(
 
     endpoint = Endpoint(url, api_key)
     merges = "merge" in info["share_modes"]
-    dtype = str(endpoint.get_server_info()["dtype"])
+    numbers = number_types(endpoint.get_server_info())
     plan = arms_of(merges)
     measured = measure(endpoint, prompts(), plan, repeats, _progress)
-    proof = judge(measured, plan, merges, full_precision=dtype == "float32")
+    proof = judge(measured, plan, merges, full_precision=numbers == FULL)
     if as_json:
-        print(json.dumps(_summary(proof, dtype, repeats)))
+        print(json.dumps(_summary(proof, numbers, repeats)))
     else:
-        _show(proof, url, dtype, repeats)
+        _show(proof, url, numbers, repeats)
     sys.exit(0 if proof.proven else 1)
 
 
@@ -67,17 +69,23 @@ def check_version(url: str, info: dict[str, Any]) -> None:
         )
 
 
+def number_types(server_info: dict[str, Any]) -> str:
+    """The model's number type, and that of its KV where it is another; ``auto`` is what the model's files say."""
+    model, kv = server_info["dtype"], server_info["kv_cache_dtype"]
+    return model if kv in ("auto", model) else f"{model} with KV in {kv}"
+
+
 def _progress(steps: Steps) -> Any:
     return tqdm(steps, desc="prove", unit="run", file=sys.stderr)
 
 
-def _summary(proof: Proof, dtype: str, repeats: int) -> dict[str, Any]:
+def _summary(proof: Proof, numbers: str, repeats: int) -> dict[str, Any]:
     return {
         "proven": proof.proven,
         "verdict": proof.verdict,
         "notes": list(proof.notes),
         "merge_offered": proof.merges,
-        "dtype": dtype,
+        "number_types": numbers,
         "repeats": repeats,
         "noise_limit": proof.noise_limit,
         "blend_limit": proof.blend_limit,
@@ -85,51 +93,47 @@ def _summary(proof: Proof, dtype: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _show(proof: Proof, url: str, dtype: str, repeats: int) -> None:
-    table = Table(title=f"{url}, {dtype}, {repeats} {'run' if repeats == 1 else 'runs'} a row; tokens, nats")
-    table.add_column("run")
-    for column in _NUMBERS:
-        table.add_column(column, justify="right")
-    table.add_column("seconds", justify="right")
-    table.add_column("of cold", justify="right")
-    table.add_column("KL", justify="right")
-    table.add_column("ok")
-    table.add_column("expected")
+def _show(proof: Proof, url: str, numbers: str, repeats: int) -> None:
+    table = Table(title=f"{url}, {numbers}, {repeats} {'run' if repeats == 1 else 'runs'} a row", box=SIMPLE_HEAD)
+    for column in _COLUMNS:
+        words = column in ("run", "shared tokens", "ok")
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words)
     for row in proof.rows:
         table.add_row(*_cells(row))
-    if not proof.merges:
-        for name in (MERGE, DECLINED_MERGE):
-            table.add_row(name, *([""] * (len(_NUMBERS) + 4)), NOT_OFFERED)
-    console = Console(width=None if sys.stdout.isatty() else UNBROKEN)
+    shown = {row.name for row in proof.rows}
+    missing = [arm.name for arm in arms_of(merges=True) if arm.name not in shown]
+    for name in missing:
+        table.add_row(name, *([""] * (len(_COLUMNS) - 2)), "-")
+    console = Console(width=None if sys.stdout.isatty() else UNBROKEN, highlight=False)
     console.print(table)
+    for row in proof.rows:
+        declined = f" (the server: {row.declined})" if row.declined else ""
+        console.print(escape(f"  {row.name}: {row.expected}{declined}"))
+    for name in missing:
+        console.print(f"  {name}: {NOT_OFFERED}")
     console.print(
-        f"KL is that of the next token to the same prompt's exact run, the largest of the runs; up to "
-        f"{proof.noise_limit:.2g} it is noise, and a blend may have {proof.blend_limit:.2g}."
+        f"KL: of the next token, to the same prompt's exact run, in nats, the largest of the runs; up to "
+        f"{proof.noise_limit:.2g} is noise, and a blend may have {proof.blend_limit:.2g}."
     )
     for note in proof.notes:
         console.print(f"note: {note}")
     console.print(escape(proof.verdict))
 
 
-_NUMBERS = {
-    "prompt": "prompt_tokens",
-    "cached": "cached_tokens",
-    "reused": "reused_tokens",
-    "taken": "taken_tokens",
-    "merged": "merged_tokens",
-    "recomputed": "recomputed_tokens",
-    "replaced": "replaced_tokens",
-    "computed": "computed_tokens",
-}  # column -> attribute of a row
+_COLUMNS = ("run", "prompt", "cached", "shared tokens", "computed", "seconds", "of cold", "KL", "ok")
+_SHARED = ("reused", "taken", "recomputed", "merged", "replaced")
 
 
 def _cells(row: Row) -> list[str]:
+    kinds = {kind: getattr(row, f"{kind}_tokens") for kind in _SHARED}
     return [
         row.name,
-        *(str(getattr(row, attribute)) for attribute in _NUMBERS.values()),
+        str(row.prompt_tokens),
+        str(row.cached_tokens),
+        ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
+        str(row.computed_tokens),
         f"{row.seconds:.2f}",
         f"{row.ratio:.2f}",
-        f"{row.kl:.1e}",
+        f"{row.kl:.1e}" if row.kl else "0",
         "yes" if row.ok else "NO",
-        row.expected,
     ]

@@ -30,6 +30,7 @@ class Row:
         ratio: of ``seconds`` to those of the cold arm.
         kl: to the same prompt's exact run, nats, the largest of the repeats.
         expected: what must be.
+        declined: why nothing was shared, as the report says; empty where it does not.
         problems: what is not so; each names the arm.
     """
 
@@ -46,6 +47,7 @@ class Row:
     ratio: float
     kl: float
     expected: str
+    declined: str
     problems: tuple[str, ...]
 
     @property
@@ -146,6 +148,7 @@ class _Judging:
             ratio=seconds / self.cold_seconds,
             kl=max(divergence(exact.logprobs, one.logprobs) for one in answers),
             expected=arm.expected,
+            declined=report.get("declined") or "",
             problems=tuple(dict.fromkeys(f"{arm.name} {text}" for _, problems in found for text in problems)),
         )
 

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rksc_sgl.cli import app, main
-from rksc_sgl.cli.prove import check_version
+from rksc_sgl.cli.prove import FULL, check_version, number_types
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import ServerRefusedError, ServerVersionError
 from rksc_sgl.model_fetch import DEFAULT_MODEL
@@ -93,6 +93,13 @@ def test_a_server_of_another_version_is_refused_by_name(info: dict[str, Any]) ->
         check_version("http://there", info)
 
 
+def test_only_full_precision_of_model_and_kv_is_judged_as_such() -> None:
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "auto"}) == FULL
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "float32"}) == FULL
+    assert number_types({"dtype": "bfloat16", "kv_cache_dtype": "auto"}) == "bfloat16"
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "fp8_e4m3"}) == "float32 with KV in fp8_e4m3"
+
+
 def test_no_repeats_are_refused() -> None:
     assert CliRunner().invoke(app, ["prove", "--repeats", "0"]).exit_code == 2
 
@@ -116,6 +123,7 @@ def test_a_server_that_reuses_what_it_says_is_proven(smollm_server: ServerProces
     assert rows["exact"]["cached_tokens"] == rows["exact"]["prompt_tokens"] - 1
     assert rows["blend"]["taken_tokens"] > 400 > 100 > rows["blend"]["computed_tokens"] > 0
     assert rows["control after blend"]["cached_tokens"] <= 1
+    assert "too few tokens align" in rows["declined blend"]["declined"]
     assert rows["blend"]["kl"] < found["blend_limit"] < rows["wrong number"]["kl"]
     offers = "merge" in smollm_server.get_json("/rksc/info")["share_modes"]
     assert found["merge_offered"] == offers

@@ -90,6 +90,7 @@ def test_the_rows_say_what_was_measured() -> None:
     blend, merge = rows[BLEND], rows[MERGE]
     assert (blend.taken_tokens, blend.recomputed_tokens, blend.computed_tokens) == (640, 30, 60)
     assert (merge.merged_tokens, merge.replaced_tokens, merge.computed_tokens) == (PROMPT - 1, PROMPT, 1)
+    assert (rows[DECLINED_MERGE].declined, rows[COLD].declined) == ("numbers", "")
     assert rows[EXACT].reused_tokens == PROMPT - 1
     assert (rows[NOISE].seconds, rows[NOISE].ratio) == (1.05, 1.05)
     assert blend.ratio == pytest.approx(0.3)
