@@ -94,7 +94,11 @@ def _summary(proof: Proof, numbers: str, repeats: int) -> dict[str, Any]:
 
 
 def _show(proof: Proof, url: str, numbers: str, repeats: int) -> None:
-    table = Table(title=f"{url}, {numbers}, {repeats} {'run' if repeats == 1 else 'runs'} a row", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{url}, {numbers}, {repeats} {'run' if repeats == 1 else 'runs'} a row",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in _COLUMNS:
         words = column in ("run", "shared tokens", "ok")
         table.add_column(column, justify="left" if words else "right", no_wrap=not words)
