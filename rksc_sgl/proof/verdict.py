@@ -11,7 +11,7 @@ from rksc_sgl.proof.arms import Answer, Arm, Measured
 from rksc_sgl.proof.divergence import divergence
 
 NOISE_FACTOR = 10.0  # KL may be so many times that of two equal requests
-FLOOR_FULL, FLOOR_HALF = 1e-4, 1e-2  # nats of KL that are noise in float32, and in number types of 16 bits or fewer
+FLOOR_FULL, FLOOR_HALF = 1e-4, 3e-2  # nats of KL that are noise in float32, and in number types of 16 bits or fewer
 WIDE = 10.0  # a wrong number's KL is so many times a blend's, and so many times the limit of noise
 NEARLY_ALL = 0.9  # of a prompt that is cached; the last page of it never is
 
@@ -191,12 +191,15 @@ class _Judging:
             yield f"has KL {kl:.2g} to the prompt that it was merged into, more than {self.noise_limit:.2g}"
 
     def _declined(self, answer: Answer, prompt: str) -> Iterator[str]:
-        yield from self._mode(answer, "exact")
-        if answer.report is not None and not answer.report.get("declined"):
+        report = answer.report
+        if report is None or report.get("mode") != "exact":
+            yield from self._mode(answer, "exact")
+        elif not report.get("declined"):
             yield "was not declined, or without a reason"
-        for key in ("taken_tokens", "replaced_tokens", "merged_tokens"):
-            if answer.report is not None and answer.report.get(key):
-                yield f"reports {answer.report[key]} {key}"
+        else:
+            for key in ("taken_tokens", "replaced_tokens", "merged_tokens"):
+                if report.get(key):
+                    yield f"reports {report[key]} {key}"
         yield from self._as_noise(answer, prompt)
 
     def _control(self, answer: Answer, prompt: str) -> Iterator[str]:

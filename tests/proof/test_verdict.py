@@ -156,6 +156,11 @@ def test_one_repeat_that_is_not_as_it_must_be_fails_the_proof_and_is_named(name:
     assert name in [row.name for row in proof.rows if not row.ok]
 
 
+def test_a_number_that_was_merged_away_is_told_by_its_mode_and_its_kl_only() -> None:
+    verdict = proof_of(with_answer(DECLINED_MERGE, answer(PROMPT - 1, merged(), logprobs=WRONG_NUMBER))).verdict
+    assert verdict.count("declined merge") == 2 and "ran as merge" in verdict and "KL 2.5" in verdict
+
+
 def test_a_row_that_fails_shows_the_repeat_that_failed() -> None:
     rows = {row.name: row for row in proof_of(with_answer(BLEND, answer(0, declined()))).rows}
     assert rows[BLEND].taken_tokens == 0 and rows[BLEND].computed_tokens == PROMPT
