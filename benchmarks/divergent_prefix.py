@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -33,6 +32,7 @@ from rksc_sgl import Endpoint
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import KEY
+from rksc_sgl.proof.divergence import divergence
 from rksc_sgl.server_process import ServerProcess
 
 NONE, STOCK, BLEND = "no reuse", "stock", "blend"
@@ -158,14 +158,6 @@ def _answer(response: dict[str, Any]) -> Answer:
     meta = response["meta_info"]
     logprobs = {int(token): float(value) for value, token, *_ in meta["output_top_logprobs"][0]}
     return Answer(logprobs, response["text"], tuple(response["output_ids"]), meta.get(KEY) or {})
-
-
-def divergence(exact: dict[int, float], other: dict[int, float]) -> float:
-    """KL(exact || other) in nats over the tokens that both report, everything else being one outcome."""
-    shared = [token for token in exact if token in other]
-    total = sum(math.exp(exact[token]) * (exact[token] - other[token]) for token in shared)
-    rest = [max(1e-9, 1.0 - sum(math.exp(one[token]) for token in shared)) for one in (exact, other)]
-    return max(0.0, total + rest[0] * math.log(rest[0] / rest[1]))
 
 
 def measure(endpoint: Endpoint, options: argparse.Namespace) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:

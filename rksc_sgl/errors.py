@@ -7,7 +7,8 @@
     ├── ModelFetchError        the embedded model cannot be downloaded, verified or converted
     ├── ServerError            the server said no, or is not there
     │   ├── ServerUnreachableError   no connection, or it broke in the middle
-    │   └── ServerRefusedError       an answer with an error status
+    │   ├── ServerRefusedError       an answer with an error status
+    │   └── ServerVersionError       it runs another version of this package
     ├── UnsupportedBackendError      the language backend cannot do what was asked
     ├── LabelError             verification labels that the tokenizer cannot tell apart
     ├── VerificationError      no branch could be verified
@@ -52,6 +53,10 @@ class ServerRefusedError(ServerError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class ServerVersionError(ServerError):
+    """The server runs another version of this package, so that its answers might be misread."""
 
 
 class UnsupportedBackendError(RkscError):

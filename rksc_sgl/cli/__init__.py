@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rksc_sgl.cli import calibrate, doctor, serve, tree
+from rksc_sgl.cli import calibrate, doctor, prove, serve, tree
 from rksc_sgl.model_fetch.command import app as model_app
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("serve", context_settings=serve.CONTEXT, add_help_option=False)(serve.serve)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
+app.command("prove")(prove.prove)
 app.command("tree")(tree.tree)
 app.add_typer(model_app, name="model")
 

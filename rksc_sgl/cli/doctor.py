@@ -38,7 +38,10 @@ def doctor(
         bool, typer.Option(help="Start a server, send one request, end it again (about a minute).")
     ] = True,
 ) -> None:
-    """Prove the installation: versions, entry points, platform, hooked targets, model, port, a round trip."""
+    """Prove the installation: versions, entry points, platform, hooked targets, model, port, a round trip.
+
+    Whether a server that runs already reuses what it says is shown by `rksc prove`.
+    """
     found: list[Check] = []
     for check in examine(model, round_trip):
         found.append(check)

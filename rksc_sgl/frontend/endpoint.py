@@ -188,8 +188,9 @@ class Endpoint(RuntimeEndpoint):
 
     # -- SGLang's backend interface ------------------------------------------------------------------
 
-    def flush_cache(self) -> None:
-        self._checked(self._send("POST", "/flush_cache", None))
+    def flush_cache(self, wait_s: float = 0.0) -> None:
+        """Empty the server's cache, which it does only while it is idle; ``wait_s`` is how long to wait for that."""
+        self._checked(self._send("POST", f"/flush_cache?timeout={wait_s:g}", None))
 
     def get_server_info(self) -> Any:
         return self.get_json("/server_info")

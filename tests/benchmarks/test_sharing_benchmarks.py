@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import divergent_prefix, overhead
-from benchmarks.divergent_prefix import BLEND, BRANCHES, NONE, STOCK, branches_of, compute_fraction, divergence
+from benchmarks.divergent_prefix import BLEND, BRANCHES, NONE, STOCK, branches_of, compute_fraction
 
 TEMPLATE = SimpleNamespace(get_prompt=lambda messages: messages[0]["content"] + "\n")
 
@@ -23,13 +22,6 @@ def test_a_set_has_other_openings_and_in_every_second_branch_other_numbers() -> 
         same = f"The {named} has the number {branch.answer} and" in branches[0].prompt
         assert same == (index % 2 == 0), "what was changed is what is asked for"
     assert branches_of(3, TEMPLATE) == branches
-
-
-def test_the_divergence_is_zero_for_the_same_and_positive_for_others() -> None:
-    one = {1: math.log(0.7), 2: math.log(0.2)}
-    other = {1: math.log(0.2), 2: math.log(0.7)}
-    assert divergence(one, one) == 0.0
-    assert divergence(one, other) == pytest.approx(0.7 * math.log(3.5) + 0.2 * math.log(2 / 7))
 
 
 def test_the_share_of_the_compute_counts_layers_and_tokens() -> None:

@@ -1,0 +1,158 @@
+"""``rksc prove`` against real servers, against one that reuses nothing, and against none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rksc_sgl.cli import app, main
+from rksc_sgl.cli.prove import FULL, check_version, number_types
+from rksc_sgl.cli.serve import server_arguments
+from rksc_sgl.errors import ServerRefusedError, ServerVersionError
+from rksc_sgl.model_fetch import DEFAULT_MODEL
+from rksc_sgl.server_process import ServerProcess, free_port
+
+
+class Silent:
+    """A server that takes a request and does not answer until it is released."""
+
+    def __init__(self) -> None:
+        self.asked, self.released = threading.Event(), threading.Event()
+        silent = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                silent.asked.set()
+                silent.released.wait(60.0)
+                self.send_error(404)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    one = Silent()
+    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
+    thread.start()
+    yield one
+    one.released.set()
+    one.server.shutdown()
+    one.server.server_close()
+    thread.join()
+
+
+def proof_of(url: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and the JSON object of one run."""
+    result = CliRunner().invoke(app, ["prove", "--url", url, "--repeats", "1", "--json"])
+    assert result.stdout, result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_help_says_what_is_proven_and_that_the_cache_is_flushed() -> None:
+    result = CliRunner().invoke(app, ["prove", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    for word in ("--url", "--api-key", "--repeats", "--json", "flushed", "Exit code 1"):
+        assert word in result.stdout
+
+
+def test_no_server_is_one_clear_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rksc", "prove", "--url", f"http://127.0.0.1:{free_port()}"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("rksc: no server answers at ") and err.count("\n") == 1
+
+
+def test_a_server_without_the_plugin_is_told(silent: Silent) -> None:
+    silent.released.set()
+    result = CliRunner().invoke(app, ["prove", "--url", silent.url])
+    assert isinstance(result.exception, ServerRefusedError)
+    assert "runs without the rksc plugin" in str(result.exception)
+
+
+@pytest.mark.parametrize("info", [{"version": "9.9.9"}, {}])
+def test_a_server_of_another_version_is_refused_by_name(info: dict[str, Any]) -> None:
+    with pytest.raises(ServerVersionError, match="use the same version on both sides"):
+        check_version("http://there", info)
+
+
+def test_only_full_precision_of_model_and_kv_is_judged_as_such() -> None:
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "auto"}) == FULL
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "float32"}) == FULL
+    assert number_types({"dtype": "bfloat16", "kv_cache_dtype": "auto"}) == "bfloat16"
+    assert number_types({"dtype": "float32", "kv_cache_dtype": "fp8_e4m3"}) == "float32 with KV in fp8_e4m3"
+
+
+def test_no_repeats_are_refused() -> None:
+    assert CliRunner().invoke(app, ["prove", "--repeats", "0"]).exit_code == 2
+
+
+def test_an_interrupt_ends_it_without_a_traceback(silent: Silent) -> None:
+    command = [sys.executable, "-m", "rksc_sgl.cli", "prove", "--url", silent.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert silent.asked.wait(60.0)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60.0)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_server_that_reuses_what_it_says_is_proven(smollm_server: ServerProcess) -> None:
+    code, found = proof_of(smollm_server.url)
+    assert found["proven"] and code == 0, found["verdict"]
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["exact"]["cached_tokens"] == rows["exact"]["prompt_tokens"] - 1
+    assert rows["blend"]["taken_tokens"] > 400 > 100 > rows["blend"]["computed_tokens"] > 0
+    assert rows["control after blend"]["cached_tokens"] <= 1
+    assert "too few tokens align" in rows["declined blend"]["declined"]
+    assert rows["blend"]["kl"] < found["blend_limit"] < rows["wrong number"]["kl"]
+    offers = "merge" in smollm_server.get_json("/rksc/info")["share_modes"]
+    assert found["merge_offered"] == offers
+    if offers:
+        assert rows["merge"]["replaced_tokens"] > 400 and rows["declined merge"]["replaced_tokens"] == 0
+    else:
+        assert "merge: not offered by this server" in found["verdict"]
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_table_ends_with_the_verdict(smollm_server: ServerProcess) -> None:
+    result = CliRunner().invoke(app, ["prove", "--url", smollm_server.url, "--repeats", "1"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.strip().splitlines()
+    assert lines[-1].startswith("proven: ")
+    for name in ("cold", "noise floor", "exact", "blend", "merge", "declined merge", "control after blend"):
+        assert any(name in line for line in lines), name
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_reuse_that_silently_does_not_happen_fails_and_the_rows_are_named(embedded_model: Path) -> None:
+    arguments = ["--model-path", DEFAULT_MODEL, "--max-total-tokens", "8000", "--disable-radix-cache"]
+    with ServerProcess(server_arguments(arguments)) as server:
+        code, found = proof_of(server.url)
+    assert code == 1 and not found["proven"]
+    failed = {row["name"] for row in found["rows"] if not row["ok"]}
+    assert {"exact", "blend", "declined blend"} <= failed
+    assert not failed & {"cold", "noise floor", "control after blend", "wrong number"}
+    assert found["verdict"].startswith("not proven: ")
+    assert "exact found 0 of" in found["verdict"] and "blend took over 0 tokens" in found["verdict"]
