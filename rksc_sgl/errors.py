@@ -14,6 +14,7 @@
     ├── VerificationError      no branch could be verified
     ├── RotationError          cached keys cannot be moved to another position
     ├── MetricError            a counter that there is not, or one with other labels
+    ├── NativeBuildError       the compiled layer operations of the CPU platform cannot be had
     ├── TreeListingError       the radix tree of a server cannot be listed
     └── ProfileError           a calibration profile is damaged, newer, of another model, or cannot certify a risk
 
@@ -77,6 +78,10 @@ class RotationError(RkscError):
 
 class MetricError(RkscError, ValueError):
     """A counter or a label that the catalogue does not have, or an amount that no counter can grow by."""
+
+
+class NativeBuildError(RkscError):
+    """The compiled layer operations of the CPU platform cannot be had; PyTorch operations take their place."""
 
 
 class TreeListingError(RkscError):

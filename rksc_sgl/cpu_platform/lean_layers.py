@@ -24,6 +24,7 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
+from rksc_sgl.cpu_platform.native.stack import NativeStack
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _KNOWN = {
     "sglang.srt.models.qwen2.Qwen2Model": "sglang.srt.models.qwen2.Qwen2DecoderLayer",
     "sglang.srt.models.qwen3.Qwen3Model": "sglang.srt.models.qwen3.Qwen3DecoderLayer",
 }
-LEAN = "lean"
+LEAN, COMPILED = "lean", "lean, compiled"
 _MODES = frozenset({ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED})
 
 
@@ -47,8 +48,9 @@ def use_lean_layers(model: torch.nn.Module) -> str:
     refusal = refusal_of_stack(stack)
     if refusal:
         return f"SGLang's own: {refusal}"
-    stack.forward = LeanStack(stack).forward  # type: ignore[union-attr, method-assign]
-    return LEAN
+    lean = LeanStack(stack)
+    stack.forward = lean.forward  # type: ignore[union-attr, method-assign]
+    return LEAN if lean.native is None else COMPILED
 
 
 def refusal_of_stack(stack: Any) -> str:
@@ -162,6 +164,9 @@ class _Layer:
 class LeanStack:
     """The forward of a layer stack: embedding, layers, final norm.
 
+    Passes of at most :data:`~rksc_sgl.cpu_platform.native.stack.MOST_ROWS` rows go through the compiled operations
+    where they can be had; longer ones, which are all matrix products, through PyTorch's.
+
     Args:
         stack: one that :func:`refusal_of_stack` has nothing against.
     """
@@ -169,7 +174,7 @@ class LeanStack:
     def __init__(self, stack: Any) -> None:
         self.stack, self.original = stack, stack.forward
         self.layers = [_Layer(layer) for layer in stack.layers]
-        self.norm = stack.norm
+        self.native = NativeStack.of(self.layers, stack.norm)
 
     def forward(
         self,
@@ -186,13 +191,15 @@ class LeanStack:
         if input_embeds is not None or not self._serves(backend, forward_batch):
             return self.original(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         hidden = self.stack.embed_tokens(input_ids)
+        if self.native is not None and self.native.serves(backend, forward_batch):
+            return self.native.forward(hidden, positions, backend, forward_batch)
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self.layers:
             turn = turns.get(id(layer.rotary))
             if turn is None:
                 turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)
             layer.add_to(hidden, turn, backend, forward_batch)
-        return _normed(hidden, self.norm)
+        return _normed(hidden, self.stack.norm)
 
     def _serves(self, backend: Any, batch: Any) -> bool:
         return (

@@ -117,7 +117,7 @@ def test_overlap_scheduling_is_on_and_our_platform_serves(tiny_server: ServerPro
     ours = tiny_server.get_json("/rksc/info")
     assert ours["platform"].startswith("RkscCpuPlatform")
     assert ours["schedulers"][0]["attention_backend"] == "RkscCpuAttnBackend"
-    assert ours["schedulers"][0]["decoder_layers"] == "lean"
+    assert ours["schedulers"][0]["decoder_layers"] == "lean, compiled"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,13 @@ def test_other_ways_to_serve_give_the_same_tokens(tiny_model: Path, flags: tuple
         again = generate(server, LONG, 12)
         assert again["meta_info"]["cached_tokens"] >= len(LONG) - 16
         assert again["output_ids"] == transformers_greedy(tiny_model, LONG, 12)
+
+
+def test_without_the_compiled_operations_the_tokens_are_the_same(tiny_model: Path) -> None:
+    arguments = server_arguments(["--model-path", str(tiny_model), "--max-total-tokens", "20000"])
+    with ServerProcess(arguments, variables={"RKSC_NATIVE": "0"}) as server:
+        assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(tiny_model, LONG, 12)
+        assert server.get_json("/rksc/info")["schedulers"][0]["decoder_layers"] == "lean"
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2"])

@@ -58,13 +58,16 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
 
     Left to ``torch_native``, as inherited: encoder-decoder batches (``encoder_lens``), cross-attention,
     encoder-only and bidirectional layers, and the passes of speculative decoding and diffusion models.
+
+    Attributes:
+        plain_pool: whether slots of the pool are rows that can be read and written as they are.
     """
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
-        pool = self.token_to_kv_pool  # one whose slots are rows that can be written as they are
-        self._plain_pool = type(pool) is LazyMHATokenToKVPool and not pool.use_hnd and pool.store_dtype == pool.dtype
+        pool = self.token_to_kv_pool
+        self.plain_pool = type(pool) is LazyMHATokenToKVPool and not pool.use_hnd and pool.store_dtype == pool.dtype
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Forget the last pass's plans. The plans of this one are made by the first layers that need them."""
@@ -127,7 +130,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
         pool, slots = self.token_to_kv_pool, forward_batch.out_cache_loc
-        if not self._plain_pool or k.dtype != pool.dtype:
+        if not self.plain_pool or k.dtype != pool.dtype:
             pool.set_kv_buffer(layer, KVWriteLoc(slots, self.swa_out_cache_loc), k, v)
             return
         pool.get_key_buffer(layer.layer_id).index_copy_(0, slots, k)
@@ -173,10 +176,10 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             self.init_forward_metadata(forward_batch)
         plans = self.forward_metadata.plans
         if key not in plans:
-            plans[key] = build_plan(self._sequences(forward_batch, key.swa_slots), key.heads, window=key.window)
+            plans[key] = build_plan(self.sequences(forward_batch, key.swa_slots), key.heads, window=key.window)
         return plans[key]
 
-    def _sequences(self, forward_batch: Any, swa_slots: bool) -> tuple[QuerySequence, ...]:
+    def sequences(self, forward_batch: Any, swa_slots: bool = False) -> tuple[QuerySequence, ...]:
         """The batch from its own tensors, which are on the CPU here and right also with overlapped scheduling."""
         if forward_batch.forward_mode.is_decode():
             prefix_lens = [max(length - 1, 0) for length in forward_batch.seq_lens.tolist()]
