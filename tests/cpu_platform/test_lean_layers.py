@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,3 +70,41 @@ def test_a_pass_in_layer_intervals_is_not_served() -> None:
 
     assert ForwardMode.SPLIT_PREFILL not in _MODES
     assert ForwardMode.TARGET_VERIFY not in _MODES
+
+
+# What LeanStack computes is written anew after these; at an upgrade of SGLang, read them again and then change this.
+_WRITTEN_AFTER = {
+    "models/llama.py:LlamaModel.forward": "15f89b2a7b3c",
+    "models/llama.py:LlamaDecoderLayer.forward": "4f39dffc681c",
+    "models/llama.py:LlamaAttention.forward": "1fa2bce5cf4f",
+    "models/llama.py:LlamaAttention.forward_prepare_native": "072313c3ec72",
+    "models/llama.py:LlamaMLP.forward": "4b7cb5695c08",
+    "models/qwen2.py:Qwen2Model.forward": "de10718387cb",
+    "models/qwen2.py:Qwen2DecoderLayer.forward": "4f39dffc681c",
+    "models/qwen2.py:Qwen2Attention.forward": "064e2854b18c",
+    "models/qwen2.py:Qwen2MLP.forward": "a8662c764b87",
+    "models/qwen3.py:Qwen3DecoderLayer.forward": "45cd14e4a022",
+    "models/qwen3.py:Qwen3Attention.forward": "135d9ebad53c",
+    "models/qwen3.py:Qwen3Attention.forward_prepare_native": "a494bdaa3a2b",
+    "layers/layernorm.py:RMSNorm.forward_native": "9b8cdb4e4d9b",
+    "layers/rotary_embedding/base.py:RotaryEmbedding.forward_native": "0d04d87786a6",
+    "layers/rotary_embedding/utils.py:apply_rotary_emb": "bcc9ea846a4e",
+    "layers/activation.py:SiluAndMul.forward_native": "97427bea4344",
+}
+
+
+def _digest(target: str) -> str:
+    """Of a function's source in the installed SGLang, which is not imported for it."""
+    file, name = target.split(":")
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    source = (Path(spec.origin).parent / "srt" / file).read_text()
+    node: ast.AST = ast.parse(source)
+    for part in name.split("."):
+        node = next(one for one in ast.iter_child_nodes(node) if getattr(one, "name", None) == part)
+    return hashlib.sha256((ast.get_source_segment(source, node) or "").encode()).hexdigest()[:12]
+
+
+def test_the_forwards_that_are_written_anew_are_those_of_the_pinned_release() -> None:
+    moved = [target for target, digest in _WRITTEN_AFTER.items() if _digest(target) != digest]
+    assert moved == []
