@@ -4,13 +4,13 @@ On a CPU a decode step of a small model spends as much time between the matrix p
 bookkeeping of SGLang's residual streams, and operations written for kernels that a CPU does not have. Where a model's
 layers are of a kind that is known here, its layer stack runs through :class:`LeanStack` instead: the same weights, the
 same arithmetic up to rounding, the same KV in the same slots. Whatever is not known (another class of layer, several
-ranks, LoRA, embeddings as input, captured states, another attention backend) runs as SGLang has it, and so do passes in
-layer intervals.
+ranks, LoRA, embeddings as input, captured states, another attention backend) runs as SGLang has it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _KNOWN = {
 }
 LEAN, COMPILED = "lean", "lean, compiled"
 _MODES = frozenset({ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED})
+_INTERVAL_MODES = frozenset({ForwardMode.SPLIT_PREFILL})
 
 
 def use_lean_layers(model: torch.nn.Module) -> str:
@@ -48,8 +49,10 @@ def use_lean_layers(model: torch.nn.Module) -> str:
     refusal = refusal_of_stack(stack)
     if refusal:
         return f"SGLang's own: {refusal}"
-    lean = LeanStack(stack)
+    lean = LeanStack(model)
     stack.forward = lean.forward  # type: ignore[union-attr, method-assign]
+    if lean.interval is not None:
+        model.forward_split_prefill = lean.forward_split_prefill  # type: ignore[method-assign]
     return LEAN if lean.native is None else COMPILED
 
 
@@ -162,19 +165,21 @@ class _Layer:
 
 
 class LeanStack:
-    """The forward of a layer stack: embedding, layers, final norm.
+    """The forward of a layer stack: embedding, layers, final norm; whole, and in layer intervals.
 
     Passes of at most :data:`~rksc_sgl.cpu_platform.native.stack.MOST_ROWS` rows go through the compiled operations
     where they can be had; longer ones, which are all matrix products, through PyTorch's.
 
     Args:
-        stack: one that :func:`refusal_of_stack` has nothing against.
+        model: SGLang's model, of a stack that :func:`refusal_of_stack` has nothing against.
     """
 
-    def __init__(self, stack: Any) -> None:
-        self.stack, self.original = stack, stack.forward
-        self.layers = [_Layer(layer) for layer in stack.layers]
-        self.native = NativeStack.of(self.layers, stack.norm)
+    def __init__(self, model: Any) -> None:
+        self.stack = model.model
+        self.whole = self.stack.forward
+        self.interval = getattr(model, "forward_split_prefill", None)
+        self.layers = [_Layer(layer) for layer in self.stack.layers]
+        self.native = NativeStack.of(self.layers)
 
     def forward(
         self,
@@ -185,30 +190,66 @@ class LeanStack:
         pp_proxy_tensors: Any = None,
     ) -> Any:
         """``[rows, hidden]`` normed hidden states; SGLang's own forward where a batch needs more than that."""
-        from sglang.srt.layers.radix_attention import get_attn_backend
-
-        backend = get_attn_backend()
-        if input_embeds is not None or not self._serves(backend, forward_batch):
-            return self.original(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+        backend = _backend()
+        if input_embeds is not None or not self._serves(backend, forward_batch, _MODES):
+            return self.whole(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         hidden = self.stack.embed_tokens(input_ids)
-        if self.native is not None and self.native.serves(backend, forward_batch):
-            return self.native.forward(hidden, positions, backend, forward_batch)
+        self._run(self.layers, hidden, positions, backend, forward_batch)
+        return _normed(hidden, self.stack.norm)
+
+    def forward_split_prefill(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        split_interval: tuple[int, int],
+        input_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """The model's own of that name, with its layers: from ``split_interval[0]`` until before ``[1]``."""
+        from sglang.srt.layers.layer_boundary.residual import batch as residual
+
+        assert self.interval is not None
+        (start, end), backend = split_interval, _backend()
+        if input_embeds is not None or not self._serves(backend, forward_batch, _INTERVAL_MODES):
+            return self.interval(input_ids, positions, forward_batch, split_interval, input_embeds)
+        if start == 0:
+            hidden = self.stack.embed_tokens(input_ids)
+        else:
+            hidden = residual.stream_of(forward_batch).snapshot(forward_batch.hidden_states)
+        self._run(self.layers[start:end], hidden, positions, backend, forward_batch)
+        forward_batch.hidden_states = residual.set_written(hidden, forward_batch)
+        if end < len(self.layers):
+            return None
+        return self.interval(input_ids, positions, forward_batch, (end, end))  # final norm and logits
+
+    def _run(
+        self, layers: Sequence[_Layer], hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any
+    ) -> None:
+        """Add to hidden states ``[rows, hidden]`` what these layers give, in place."""
+        if self.native is not None and self.native.serves(backend, batch):
+            self.native.run(layers, hidden, positions, backend, batch)
+            return
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in self.layers:
+        for layer in layers:
             turn = turns.get(id(layer.rotary))
             if turn is None:
                 turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)
-            layer.add_to(hidden, turn, backend, forward_batch)
-        return _normed(hidden, self.stack.norm)
+            layer.add_to(hidden, turn, backend, batch)
 
-    def _serves(self, backend: Any, batch: Any) -> bool:
+    def _serves(self, backend: Any, batch: Any, modes: frozenset[ForwardMode]) -> bool:
         return (
             type(backend) is RkscCpuAttnBackend
-            and batch.forward_mode in _MODES
+            and batch.forward_mode in modes
             and batch.encoder_lens is None
             and not self.stack.layers_to_capture
             and not any(one is not None for one in batch.lora_ids or ())
         )
+
+
+def _backend() -> Any:
+    from sglang.srt.layers.radix_attention import get_attn_backend
+
+    return get_attn_backend()
 
 
 def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:

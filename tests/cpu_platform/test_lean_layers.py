@@ -52,24 +52,26 @@ def test_a_batch_that_needs_more_runs_as_sglang_has_it(change: dict[str, object]
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
-    from rksc_sgl.cpu_platform.lean_layers import LeanStack
+    from rksc_sgl.cpu_platform.lean_layers import _MODES, LeanStack
 
-    lean = LeanStack(_stack(forward=None, layers=[], norm=None))
+    lean = LeanStack(SimpleNamespace(model=_stack(forward=None, layers=[])))
     ours = RkscCpuAttnBackend.__new__(RkscCpuAttnBackend)
     batch = SimpleNamespace(**{"forward_mode": ForwardMode.DECODE, "encoder_lens": None, "lora_ids": None, **change})
-    assert lean._serves(ours, batch) is served
-    assert not lean._serves(object(), batch)
+    assert lean._serves(ours, batch, _MODES) is served
+    assert not lean._serves(object(), batch, _MODES)
     lean.stack.layers_to_capture = [1]
-    assert not lean._serves(ours, batch)
+    assert not lean._serves(ours, batch, _MODES)
 
 
-def test_a_pass_in_layer_intervals_is_not_served() -> None:
+def test_only_passes_that_are_known_are_served() -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from rksc_sgl.cpu_platform.lean_layers import _MODES
+    from rksc_sgl.cpu_platform.lean_layers import _INTERVAL_MODES, _MODES
 
-    assert ForwardMode.SPLIT_PREFILL not in _MODES
-    assert ForwardMode.TARGET_VERIFY not in _MODES
+    assert {mode for mode in ForwardMode if mode in _MODES | _INTERVAL_MODES} == {
+        *(ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.SPLIT_PREFILL)
+    }
+    assert not _MODES & _INTERVAL_MODES
 
 
 # What LeanStack computes is written anew after these; at an upgrade of SGLang, read them again and then change this.
@@ -78,6 +80,9 @@ _WRITTEN_AFTER = {
     "models/llama.py:LlamaDecoderLayer.forward": "4f39dffc681c",
     "models/llama.py:LlamaAttention.forward": "1fa2bce5cf4f",
     "models/llama.py:LlamaAttention.forward_prepare_native": "072313c3ec72",
+    "models/llama.py:LlamaForCausalLM.forward_split_prefill": "edb09896ea70",
+    "models/qwen2.py:Qwen2ForCausalLM.forward_split_prefill": "e5bb814d86c8",
+    "models/qwen3.py:Qwen3ForCausalLM.forward_split_prefill": "fd6dd81978ed",
     "models/llama.py:LlamaMLP.forward": "4b7cb5695c08",
     "models/qwen2.py:Qwen2Model.forward": "de10718387cb",
     "models/qwen2.py:Qwen2DecoderLayer.forward": "4f39dffc681c",

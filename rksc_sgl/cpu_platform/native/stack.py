@@ -19,25 +19,26 @@ class NativeStack:
     """Decoder layers through the library.
 
     Args:
-        layers: as :class:`~rksc_sgl.cpu_platform.lean_layers.LeanStack` has them; their weights are read at every use.
-        norm: the final one.
+        first: one of the layers, all of which are of its kind.
         library: from :func:`~rksc_sgl.cpu_platform.native.build.library`.
     """
 
-    def __init__(self, layers: Sequence[Any], norm: Any, library: ctypes.CDLL) -> None:
-        self.layers, self.norm, self.library = layers, norm, library
-        first = layers[0]
+    def __init__(self, first: Any, library: ctypes.CDLL) -> None:
+        self.first, self.library = first, library
         self.heads = (first.queries, first.kv_heads, first.head_dim)
         self.unit_keys = int(library.rksc_unit_keys())
         self._partial: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, layers: Sequence[Any], norm: Any) -> NativeStack | None:
-        """A stack of these layers; None where they are not all of one kind that the library has, or there is none."""
+    def of(cls, layers: Sequence[Any]) -> NativeStack | None:
+        """For layers as :class:`~rksc_sgl.cpu_platform.lean_layers.LeanStack` has them.
+
+        None where they are not all of one kind that the library has, or there is no library.
+        """
         if not layers or not all(_is_served(layer, layers[0]) for layer in layers):
             return None
         library = build.library()
-        return None if library is None else cls(layers, norm, library)
+        return None if library is None else cls(layers[0], library)
 
     def serves(self, backend: Any, batch: Any) -> bool:
         """Whether a pass is one of few rows over a pool whose slots are float32 rows."""
@@ -47,29 +48,26 @@ class NativeStack:
             and 0 < batch.input_ids.shape[0] <= MOST_ROWS
         )
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any) -> torch.Tensor:
-        """``[rows, hidden]`` normed hidden states from embeddings, which are overwritten."""
+    def run(
+        self, layers: Sequence[Any], hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any
+    ) -> None:
+        """Add to hidden states ``[rows, hidden]`` what these layers give, in place; not to rows that only pad."""
         sequences = backend.sequences(batch)
         rows = sum(sequence.tokens for sequence in sequences)
-        if rows < hidden.shape[0]:  # rows that only pad the batch
-            padded, hidden, positions = hidden, hidden[:rows], positions[:rows]
-        else:
-            padded = None
-        reads = self._reads(sequences, positions, batch.out_cache_loc[:rows])
-        pool, normed, added = backend.token_to_kv_pool, torch.empty_like(hidden), None
-        for layer in self.layers:
+        hidden = hidden[:rows]
+        reads = self._reads(sequences, positions[:rows], batch.out_cache_loc[:rows])
+        pool, normed = backend.token_to_kv_pool, torch.empty_like(hidden)
+        added: torch.Tensor | None = None
+        for layer in layers:
             self._add_norm(hidden, added, layer.before_attention, normed)
             out = self._attend(layer, _linear(layer.qkv, normed), reads, pool)
             self._add_norm(hidden, _linear(layer.output, out), layer.before_mlp, normed)
             added = _linear(layer.down, self._silu(_linear(layer.gate_up, normed)))
-        self._add_norm(hidden, added, self.norm, normed)
-        if padded is None:
-            return normed
-        padded[:rows] = normed
-        return padded
+        if added is not None:
+            hidden.add_(added)
 
     def _reads(self, sequences: Any, positions: torch.Tensor, slots: torch.Tensor) -> NativePass:
-        turns = self.layers[0].rotary.cos_sin_cache.index_select(0, positions).chunk(2, dim=-1)
+        turns = self.first.rotary.cos_sin_cache.index_select(0, positions).chunk(2, dim=-1)
         reads = native_pass(
             sequences,
             self.heads,
