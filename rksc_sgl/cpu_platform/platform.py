@@ -65,9 +65,12 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return LazyMHATokenToKVPool
 
     def post_load_model(self, model: Any) -> None:
+        from rksc_sgl.cpu_platform.lean_layers import use_lean_layers
         from rksc_sgl.cpu_platform.packed_linear import use_packed_linear
 
         logger.info("%d linear layers work on packed weights", use_packed_linear(model))
+        refusal = use_lean_layers(model)
+        logger.info("decoder layers are %s", f"SGLang's own: {refusal}" if refusal else "lean")
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

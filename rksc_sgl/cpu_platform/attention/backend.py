@@ -12,6 +12,8 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
+
 from .kernels import LogitRule, Workspace, planned_attention
 from .plan import AttentionPlan, HeadShape, build_plan
 from .sequences import QuerySequence, batch_sequences
@@ -53,6 +55,8 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
+        pool = self.token_to_kv_pool  # one whose slots are rows that can be written as they are
+        self._plain_pool = type(pool) is LazyMHATokenToKVPool and not pool.use_hnd and pool.store_dtype == pool.dtype
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Forget the last pass's plans. The plans of this one are made by the first layers that need them."""
@@ -96,16 +100,42 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool,
     ) -> torch.Tensor:
-        pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            self._write(k, v, layer, forward_batch)
+        return self._read(q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), layer, forward_batch)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any
+    ) -> torch.Tensor:
+        """:meth:`forward` for callers that have checked that the pass is planned.
+
+        Args:
+            q: ``[rows, q_heads, dim]``, turned to their positions.
+            k, v: ``[rows, kv_heads, dim]``; written to the pool.
+
+        Returns:
+            ``[rows, q_heads * v_head_dim]``.
+        """
+        self._write(k, v, layer, forward_batch)
+        return self._read(q, layer, forward_batch)
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        pool, slots = self.token_to_kv_pool, forward_batch.out_cache_loc
+        if not self._plain_pool or k.dtype != pool.dtype:
+            pool.set_kv_buffer(layer, KVWriteLoc(slots, self.swa_out_cache_loc), k, v)
+            return
+        pool.get_key_buffer(layer.layer_id).index_copy_(0, slots, k)
+        pool.get_value_buffer(layer.layer_id).index_copy_(0, slots, v)
+
+    def _read(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        plan, pool = self._plan(layer, forward_batch), self.token_to_kv_pool
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        plan = self._plan(layer, forward_batch)
-        out[plan.rows :].zero_()  # rows that only pad the batch
+        if plan.rows < queries.shape[0]:  # rows that only pad the batch
+            out[plan.rows :].zero_()
+            queries = queries[: plan.rows]
         planned_attention(
             plan,
-            queries[: plan.rows],
+            queries,
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
             LogitRule(layer.scaling, layer.logit_cap or 0.0),

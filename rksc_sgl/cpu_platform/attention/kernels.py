@@ -64,7 +64,7 @@ def planned_attention(
     kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
     group = q.shape[1] // kv_heads
     by_head = (q if plan.order is None else q[plan.order]).unflatten(1, (kv_heads, group)).transpose(0, 1)
-    if any(tile.folded for tile in plan.tiles):
+    if plan.folded:
         by_head = by_head.contiguous()
     fused = rule.cap <= 0 and q.shape[2] == v_dim
     result = out.unflatten(1, (kv_heads, group)).transpose(0, 1)
@@ -73,9 +73,11 @@ def planned_attention(
             partial, _ = _attend(tile, by_head, k_cache, v_cache, rule, fused, workspace)
             _store(tile, _by_level(tile, partial), result.unsqueeze(0))
         return out
-    if len(plan.tiles) == 1:
-        partial, log_sum = _attend(plan.tiles[0], by_head, k_cache, v_cache, rule, fused, workspace)
-        merged = _merge(_by_level(plan.tiles[0], partial), _by_level(plan.tiles[0], log_sum))
+    if plan.whole:
+        found = [_attend(tile, by_head, k_cache, v_cache, rule, fused, workspace) for tile in plan.tiles]
+        partials = [_by_level(tile, partial) for tile, (partial, _) in zip(plan.tiles, found, strict=True)]
+        log_sums = [_by_level(tile, log_sum) for tile, (_, log_sum) in zip(plan.tiles, found, strict=True)]
+        merged = _merge(*(levels[0] if len(levels) == 1 else torch.cat(levels) for levels in (partials, log_sums)))
     else:
         shape = (plan.levels, kv_heads, plan.rows, group)
         partials = q.new_zeros((*shape, v_dim), dtype=torch.float32)

@@ -20,6 +20,7 @@ WINDOWED_ROWS = 256  # with a sliding window, longer sequences are attended in p
 FOLDED_ROWS = 32  # below this many tokens the heads of a group become rows of one matrix product
 KERNEL_ROWS = 32  # rows that the fused kernel gives to one thread at a time
 MIN_PART = 256  # keys; a tile is not split finer between threads
+FEW_ROWS, FEW_ROWS_PART = 8, 330  # with so few rows the kernel is fastest on parts of about so many keys
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class AttentionPlan:
     order: torch.Tensor | None  # [rows] int64 row of the batch at each place of the plan; None: the same
     tiles: tuple[Tile, ...]
     levels: int  # partial results to merge by log-sum-exp; 1: tiles write the result itself
+    folded: bool = field(init=False)  # whether a tile wants the heads of a group as rows
+    whole: bool = field(init=False)  # every tile has every row in order, so that results are merged as they come
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folded", any(tile.folded for tile in self.tiles))
+        every = slice(0, self.rows)
+        object.__setattr__(self, "whole", all(tile.rows == every for tile in self.tiles if isinstance(tile.rows, slice))
+                           and all(isinstance(tile.rows, slice) for tile in self.tiles))
 
 
 def build_plan(
@@ -301,7 +310,8 @@ class _Builder:
     def _parts(self, tokens: int, width: int) -> int:
         """Into how many parts a tile's keys must be split to keep all threads busy."""
         tasks = self.heads.kv_heads * -(-tokens * self.heads.group // KERNEL_ROWS)
-        for parts in range(1, max(2, width // MIN_PART + 1)):
+        least = width // FEW_ROWS_PART if tokens * self.heads.group <= FEW_ROWS else 1
+        for parts in range(max(1, least), max(2, width // MIN_PART + 1)):
             rounds = -(-tasks * parts // self.threads)
             if tasks * parts >= 0.9 * rounds * self.threads:
                 return parts

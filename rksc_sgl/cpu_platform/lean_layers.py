@@ -1,0 +1,231 @@
+"""Decoder layers of the Llama family as some thirty tensor operations each, and nothing between them.
+
+On a CPU a decode step of a small model spends as much time between the matrix products as in them: module calls, the
+bookkeeping of SGLang's residual streams, and operations written for kernels that a CPU does not have. Where a model's
+layers are of a kind that is known here, its layer stack runs through :class:`LeanStack` instead: the same weights, the
+same arithmetic up to rounding, the same KV in the same slots. Whatever is not known (another class of layer, several
+ranks, LoRA, embeddings as input, captured states, another attention backend) runs as SGLang has it, and so do passes in
+layer intervals.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
+
+logger = logging.getLogger(__name__)
+
+# Stacks, and their layers, whose forward is known to be what is written here.
+_KNOWN = {
+    "sglang.srt.models.llama.LlamaModel": "sglang.srt.models.llama.LlamaDecoderLayer",
+    "sglang.srt.models.qwen2.Qwen2Model": "sglang.srt.models.qwen2.Qwen2DecoderLayer",
+    "sglang.srt.models.qwen3.Qwen3Model": "sglang.srt.models.qwen3.Qwen3DecoderLayer",
+}
+_MODES = frozenset({ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.MIXED})
+
+
+def use_lean_layers(model: torch.nn.Module) -> str:
+    """Let a loaded model's layer stack run through :class:`LeanStack`.
+
+    Returns:
+        Why it does not; empty where it does.
+    """
+    stack = getattr(model, "model", None)
+    refusal = refusal_of_stack(stack)
+    if not refusal:
+        stack.forward = LeanStack(stack).forward  # type: ignore[union-attr, method-assign]
+    return refusal
+
+
+def refusal_of_stack(stack: Any) -> str:
+    """Why a layer stack is none of those that are known here; empty if it is one."""
+    layer_class = _KNOWN.get(_path(stack))
+    if layer_class is None:
+        return f"{type(stack).__name__} is not one of the layer stacks that are known"
+    if stack.pp_group.world_size > 1 or _ranks() > 1:
+        return "the model is split between several ranks"
+    if not _is_plain_norm(stack.norm):
+        return "the final norm is not a plain RMSNorm"
+    for layer in stack.layers:
+        if _path(layer) != layer_class:
+            return f"{type(layer).__name__} is not the layer that is known for {type(stack).__name__}"
+        refusal = _refusal_of_layer(layer)
+        if refusal:
+            return refusal
+    return ""
+
+
+def _refusal_of_layer(layer: Any) -> str:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    # fmt: off
+    needed = {
+        "a norm is not a plain RMSNorm": all(map(_is_plain_norm, norms)),
+        "a linear layer is quantized or wrapped": (
+            _is_plain_linear(attention.qkv_proj, QKVParallelLinear)
+            and _is_plain_linear(attention.o_proj, RowParallelLinear)
+            and _is_plain_linear(mlp.gate_up_proj, MergedColumnParallelLinear)
+            and _is_plain_linear(mlp.down_proj, RowParallelLinear)
+        ),
+        "the activation is not SiLU": type(mlp.act_fn) is SiluAndMul,
+        "the attention is of another kind": type(attention.attn) is RadixAttention,
+        "the rotary embedding is of another kind": _is_plain_rotation(attention.rotary_emb, attention.attn.head_dim),
+    }
+    # fmt: on
+    return next((reason for reason, found in needed.items() if not found), "")
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    return (
+        type(norm) is RMSNorm
+        and norm.has_weight
+        and norm.weight.dtype == torch.float32
+        and norm.variance_size_override is None
+        and norm.override_orig_dtype is None
+    )
+
+
+def _is_plain_linear(linear: Any, kind: type) -> bool:
+    return (
+        type(linear) is kind
+        and isinstance(linear.quant_method, UnquantizedLinearMethod)
+        and linear.weight.dtype == torch.float32
+        and not linear.skip_bias_add
+    )
+
+
+def _is_plain_rotation(rotary: Any, head_dim: int) -> bool:
+    """Whether whole heads are turned, in halves, by a table over positions."""
+    return (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and rotary.is_neox_style
+        and rotary.rotary_dim == rotary.head_size == head_dim
+        and rotary.cos_sin_cache.dtype == torch.float32
+        and not hasattr(rotary, "sin_cos_cache")
+    )
+
+
+class _Layer:
+    """The modules of one decoder layer, looked up once."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        self.attn = attention.attn
+        self.rotary = attention.rotary_emb
+        self.qkv, self.output = attention.qkv_proj, attention.o_proj
+        self.gate_up, self.down = layer.mlp.gate_up_proj, layer.mlp.down_proj
+        self.before_attention = layer.input_layernorm
+        self.before_mlp = layer.post_attention_layernorm
+        self.of_queries = getattr(attention, "q_norm", None)
+        self.of_keys = getattr(attention, "k_norm", None)
+        self.queries, self.kv_heads = self.attn.tp_q_head_num, self.attn.tp_k_head_num
+        self.turned, self.head_dim = self.queries + self.kv_heads, self.attn.head_dim
+
+    def add_to(
+        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], backend: RkscCpuAttnBackend, batch: Any
+    ) -> None:
+        """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
+        qkv = _linear(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
+        turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
+        out = backend.attend(
+            turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :], self.attn, batch
+        )
+        hidden.add_(_linear(self.output, out))
+        gate, up = _linear(self.gate_up, _normed(hidden, self.before_mlp)).chunk(2, dim=-1)
+        hidden.add_(_linear(self.down, F.silu(gate).mul_(up)))
+
+    def _with_norms(self, heads: torch.Tensor) -> torch.Tensor:
+        """Queries and keys ``[rows, heads, dim]``, with their norms where the layer has some."""
+        if self.of_queries is None or self.of_keys is None:
+            return heads
+        return torch.cat(
+            (_normed(heads[:, : self.queries], self.of_queries), _normed(heads[:, self.queries :], self.of_keys)), dim=1
+        )
+
+
+class LeanStack:
+    """The forward of a layer stack: embedding, layers, final norm.
+
+    Args:
+        stack: one that :func:`refusal_of_stack` has nothing against.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        self.stack, self.original = stack, stack.forward
+        self.layers = [_Layer(layer) for layer in stack.layers]
+        self.norm = stack.norm
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """``[rows, hidden]`` normed hidden states; SGLang's own forward where a batch needs more than that."""
+        from sglang.srt.layers.radix_attention import get_attn_backend
+
+        backend = get_attn_backend()
+        if input_embeds is not None or not self._serves(backend, forward_batch):
+            return self.original(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+        hidden = self.stack.embed_tokens(input_ids)
+        turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer in self.layers:
+            turn = turns.get(id(layer.rotary))
+            if turn is None:
+                turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)
+            layer.add_to(hidden, turn, backend, forward_batch)
+        return _normed(hidden, self.norm)
+
+    def _serves(self, backend: Any, batch: Any) -> bool:
+        return (
+            type(backend) is RkscCpuAttnBackend
+            and batch.forward_mode in _MODES
+            and batch.encoder_lens is None
+            and not self.stack.layers_to_capture
+            and not any(one is not None for one in batch.lora_ids or ())
+        )
+
+
+def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return torch.rms_norm(x, (norm.hidden_size,), norm.weight, norm.variance_epsilon)
+
+
+def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    return linear.quant_method.apply(linear, x, linear.bias)
+
+
+def _turn(table: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors ``[rows, 1, dim]`` of a head and of its swapped halves, from a table of cosines beside sines."""
+    cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _turned(heads: torch.Tensor, straight: torch.Tensor, swapped: torch.Tensor) -> torch.Tensor:
+    """Heads ``[rows, heads, dim]`` turned to their positions."""
+    return heads.roll(heads.shape[-1] // 2, -1).mul_(swapped).addcmul_(heads, straight)
+
+
+def _path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _ranks() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_size
