@@ -283,7 +283,7 @@ def _merged(rows: Sequence[Row]) -> dict[str, Any]:
     """What became of the branches that might merge."""
     rows = [row for row in rows if MERGE in row.arms]
     reports = [row.arms[MERGE].report for row in rows]
-    declined = Counter(report.get("declined", "") for report in reports if report.get("mode") != MERGE)
+    declined = Counter(report.get("declined", "no reason given") for report in reports if report.get("mode") != MERGE)
     return {
         "fact_recall_merge": recall(rows, MERGE),
         "fact_recall_merge_changed": recall(_by_change(rows)[0], MERGE),
