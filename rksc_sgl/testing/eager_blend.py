@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rksc_sgl.blending.plan import runs_of, to_compute
+from rksc_sgl.blending.plan import after_breaks, runs_of, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,7 +62,8 @@ class EagerLlama:
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
         mask = torch.zeros(len(ids), dtype=torch.bool)
-        for begin, end in runs_of(to_compute(candidate, deviation, threshold=threshold, share=share)):
+        chosen = to_compute(candidate, deviation, after_breaks(source), threshold=threshold, share=share)
+        for begin, end in runs_of(chosen):
             mask[begin:end] = True
         hidden, rows = hidden[mask], rows[mask]
         for index, layer in enumerate(self.inner.layers[probe:], start=probe):

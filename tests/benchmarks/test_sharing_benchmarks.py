@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import divergent_prefix, overhead
-from benchmarks.divergent_prefix import BLEND, BRANCHES, NONE, STOCK, branches_of, compute_fraction
+from benchmarks import divergent_items, divergent_prefix, overhead
+from benchmarks.divergent_items import CHANGED, FACTS, OPENINGS, Item, branches_of
+from benchmarks.divergent_prefix import AGAIN, MERGE, NONE, STOCK, Answer, Row, compute_fraction, parting
 
 TEMPLATE = SimpleNamespace(get_prompt=lambda messages: messages[0]["content"] + "\n")
+REAL, OTHER = 5, 7  # token ids
+SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 
 
-def test_a_set_has_other_openings_and_in_every_second_branch_other_numbers() -> None:
-    branches = branches_of(3, TEMPLATE)
-    assert len(branches) == BRANCHES
-    assert len({branch.prompt[:20] for branch in branches}) == BRANCHES
-    for index, branch in enumerate(branches):
-        named = branch.prompt.rsplit("The ", 1)[1].strip().removesuffix(" has the number")
-        assert f"The {named} has the number {branch.answer} and" in branch.prompt
-        same = f"The {named} has the number {branch.answer} and" in branches[0].prompt
-        assert same == (index % 2 == 0), "what was changed is what is asked for"
-    assert branches_of(3, TEMPLATE) == branches
+@pytest.mark.parametrize("seed", range(5))
+def test_a_set_has_other_openings_and_in_every_second_branch_other_numbers(seed: int) -> None:
+    branches = branches_of(seed, TEMPLATE, 3)
+    assert len(branches) == len(OPENINGS) == len({items[0].prompt[:20] for items in branches})
+    materials = [_material(items[0]) for items in branches]
+    for index, material in enumerate(materials):
+        numbers, first = re.findall(r"\d+", material), re.findall(r"\d+", materials[0])
+        differing = [(own, other) for own, other in zip(numbers, first, strict=True) if own != other]
+        assert len(set(numbers)) == FACTS and len(differing) == (CHANGED if index % 2 else 0)
+        assert not {own for own, _ in differing} & set(first), "a changed number is none of the donor's"
+        assert re.sub(r"\d+", "", material) == re.sub(r"\d+", "", materials[0])
+    assert branches_of(seed, TEMPLATE, 3) == branches != branches_of(seed + 1, TEMPLATE, 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_prompt_ends_with_the_words_before_the_number_that_answers_it(seed: int) -> None:
+    for index, items in enumerate(branches_of(seed, TEMPLATE, 4)):
+        assert len({item.prompt for item in items}) == 4
+        assert [item.changed for item in items] == ([True, False, True, False] if index % 2 else [False] * 4)
+        for item in items:
+            start = item.prompt.rsplit("\n", 1)[1]
+            assert _material(item).count(start) == 1
+            assert f"{start}{item.answer} " in _material(item)
+            assert f"{start}{item.donors} " in _material(branches_of(seed, TEMPLATE, 4)[0][0])
+
+
+def test_branches_with_the_same_numbers_are_asked_the_same_first() -> None:
+    branches = branches_of(1, TEMPLATE, 2)
+    asked = {(items[0].prompt.rsplit("\n", 1)[1], items[0].answer) for items in branches[::2]}
+    assert len(asked) == 1
+
+
+def test_the_material_is_about_a_thousand_tokens_of_facts_that_are_not_alike() -> None:
+    for seed in range(3):
+        words = len(_material(branches_of(seed, TEMPLATE, 1)[0][0]).split())
+        assert 750 <= words <= 900  # of 1.2 tokens
+    lines = [line for line, _ in (*divergent_items.LINES_ON_PEOPLE, *divergent_items.LINES_ON_PLACES)]
+    assert len({line.replace("{name}", "").split("{number}")[0] for line in lines}) == len(lines)
+    assert not re.search(r"\d", " ".join((*divergent_items.FILLER, *OPENINGS)))
 
 
 def test_the_share_of_the_compute_counts_layers_and_tokens() -> None:
@@ -30,18 +63,54 @@ def test_the_share_of_the_compute_counts_layers_and_tokens() -> None:
 
 
 def test_ratios_and_recall_come_from_what_was_measured() -> None:
-    base = {"kl": 0.01, "noise": 0.0, "control": 2.0, "agree": True, "agree_exact": True, "changed": True}
     rows = [
-        {**base, "known": True, "exact": True, "blend": False, "report": {"mode": "blend"}},
-        {**base, "known": True, "exact": True, "blend": True, "changed": False, "report": {"mode": "exact"}},
-        {**base, "known": False, "exact": False, "blend": True, "report": {}},
+        _row("123", "456", exact="123.", blend="456.", report={"mode": "blend"}),
+        _row("123", "123", exact=" 123 and", blend="123", report={"mode": "exact"}),
+        _row("123", "456", exact="789", blend="1234", first=False),
     ]
-    seconds = {NONE: [9.0], STOCK: [8.0], BLEND: [2.0], f"{STOCK} again": [8.8]}
-    result = divergent_prefix.summary(seconds, rows, 30)
+    result = divergent_prefix.summary(SECONDS, rows, ["blend 0.05"], 30)
     assert (result["prefill_ratio_vs_stock"], result["prefill_ratio_vs_none"], result["noise_ratio"]) == (4.0, 4.5, 1.1)
-    assert (result["facts_known"], result["fact_recall_exact"], result["fact_recall_blend"]) == (2, 1.0, 0.5)
-    assert result["fact_recall_blend_changed"] == 0.0
-    assert result["blended"] == 1
+    assert (result["facts_asked"], result["facts_known"], result["fact_recall_blend"]) == (3, 2, 0.5)
+    assert (result["facts_known_changed"], result["fact_recall_blend_changed"]) == (1, 0.0)
+    assert (result["facts_known_unchanged"], result["fact_recall_blend_unchanged"]) == (1, 1.0)
+    assert (result["donor_answers"], result["donor_answers_exact"], result["parted_in_number"]) == (1, 0, 2)
+    assert (result["branches"], result["blended"]) == (2, 1)
+    assert "by_options" not in result
+
+
+def test_what_was_not_run_is_null() -> None:
+    rows = [_row("123", "456", exact="123", blend="123")]
+    result = divergent_prefix.summary({}, rows, ["blend 0.05"], 30)
+    for name in (
+        "prefill_ratio_vs_stock",
+        "noise_ratio",
+        "noise_kl",
+        "fact_recall_exact",
+        "fact_recall_merge",
+        "merged",
+    ):
+        assert result[name] is None, name
+    assert result["fact_recall_blend_unchanged"] is None and result["fact_recall_blend_changed"] == 1.0
+
+
+def test_merges_and_what_was_declined_are_counted() -> None:
+    merged, declined = {"mode": "merge"}, {"mode": "exact", "declined": "content guard: numbers"}
+    rows = [
+        _row("123", "456", exact="123", others={MERGE: _answer("456", merged), STOCK: _answer("123")}),
+        _row("123", "456", exact="123", others={MERGE: _answer("123", declined), STOCK: _answer("123")}),
+        _row("123", "123", exact="123"),
+    ]
+    result = divergent_prefix.summary(SECONDS, rows, ["blend 0.05"], 30)
+    assert (result["merged"], result["merges_declined"]) == (1, {"content guard: numbers": 1})
+    assert (result["fact_recall_exact"], result["fact_recall_merge"], result["donor_answers_merge"]) == (1.0, 0.5, 1)
+
+
+def test_answers_part_at_their_first_other_token() -> None:
+    exact = Answer(({REAL: -0.1, OTHER: -3.1}, {REAL: -0.5, OTHER: -0.75}), "", (REAL, REAL), {})
+    assert parting(exact, exact) is None
+    assert parting(exact, Answer((), "", (REAL, OTHER), {})) == (1, pytest.approx(0.25))
+    assert parting(exact, Answer((), "", (OTHER, REAL), {})) == (0, pytest.approx(3.0))
+    assert parting(exact, Answer((), "", (REAL,), {})) == (1, 0.0)
 
 
 def test_overhead_is_the_median_over_pairs() -> None:
@@ -50,3 +119,19 @@ def test_overhead_is_the_median_over_pairs() -> None:
     assert (result["throughput_ratio"], result["ratio_lowest"], result["noise"]) == (1.0, 0.8, 1.2)
     prompts = overhead.prompts_of(0, 6)
     assert prompts[1][: overhead.PREFIX] == prompts[3][: overhead.PREFIX] != prompts[2][: overhead.OWN]
+
+
+def _material(item: Item) -> str:
+    return item.prompt.split("\n\n")[1]
+
+
+def _answer(text: str, report: dict | None = None) -> Answer:
+    tokens = (REAL,) if text.strip().startswith("123") else (OTHER,)
+    return Answer(({REAL: -0.1, OTHER: -3.0},), text, tokens, report or {})
+
+
+def _row(
+    answer: str, donors: str, *, exact: str, blend: str = "123", first: bool = True, report=None, others=None
+) -> Row:
+    arms = {"blend 0.05": _answer(blend, report), **(others or {})}
+    return Row(Item("", answer, donors), first, _answer(exact), _answer(exact), arms)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.blending.plan import GAP, runs_of, to_compute
+from rksc_sgl.blending.plan import GAP, LEAD, after_breaks, runs_of, to_compute
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=80)
 
@@ -17,15 +17,40 @@ FLAGS = st.lists(st.booleans(), min_size=1, max_size=80)
 def test_what_moved_most_is_computed_within_the_share() -> None:
     candidate = torch.tensor([True] * 10 + [False, True])
     deviation = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 7.0, 0.0])
-    mask = to_compute(candidate, deviation, threshold=0.2, share=0.2)
+    unbroken = torch.zeros(12, dtype=torch.bool)
+    mask = to_compute(candidate, deviation, unbroken, threshold=0.2, share=0.2)
     assert mask.nonzero().flatten().tolist() == [1, 3, 10, 11]
-    every = to_compute(candidate, deviation, threshold=0.2, share=1.0)
+    every = to_compute(candidate, deviation, unbroken, threshold=0.2, share=1.0)
     assert every.nonzero().flatten().tolist() == [1, 3, 5, 10, 11]
+
+
+def test_what_follows_a_break_is_computed_whatever_it_moved_and_counts_in_the_share() -> None:
+    candidate, after_break = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
+    after_break[[4, 5]] = True
+    deviation = torch.linspace(0.1, 2.0, 20)
+    for share, computed in ((0.0, [4, 5, 19]), (0.1, [4, 5, 19]), (0.2, [4, 5, 18, 19])):
+        mask = to_compute(candidate, deviation, after_break, threshold=0.0, share=share)
+        assert mask.nonzero().flatten().tolist() == computed
+    assert to_compute(candidate, deviation, after_break, threshold=9.0, share=1.0).sum() == 3
+
+
+def test_breaks_are_where_a_token_stands_after_another_than_in_the_donor() -> None:
+    same = list(range(10))
+    assert not after_breaks(torch.tensor(same)).any(), "the beginning of both"
+    for source, first in (([-1, *range(1, 10)], 1), ([*range(20, 30), *range(10)], 10), ([-1, *range(10)], 1)):
+        found = after_breaks(torch.tensor(source)).nonzero().flatten().tolist()
+        assert found[-LEAD:] == list(range(first, first + LEAD))
+    changed = torch.tensor([*range(6), -1, *range(7, 9), -1, -1, 11])
+    assert after_breaks(changed).nonzero().flatten().tolist() == [7, 8, 11]
+    assert after_breaks(torch.tensor([5])).tolist() == [True]
+    assert after_breaks(torch.tensor([-1])).tolist() == [False]
+    assert after_breaks(torch.tensor([], dtype=torch.int64)).tolist() == []
 
 
 def test_a_state_that_is_no_number_is_computed_first() -> None:
     deviation = torch.tensor([0.5, float("nan"), 0.4, 0.0])
-    mask = to_compute(torch.ones(4, dtype=torch.bool), deviation, threshold=0.1, share=0.3)
+    unbroken = torch.zeros(4, dtype=torch.bool)
+    mask = to_compute(torch.ones(4, dtype=torch.bool), deviation, unbroken, threshold=0.1, share=0.3)
     assert mask.tolist() == [False, True, False, True]
 
 
@@ -36,10 +61,12 @@ def test_nothing_that_the_donor_has_not_is_ever_taken_over(
 ) -> None:
     candidate = torch.tensor(flags)
     deviation = torch.rand(len(flags), generator=torch.Generator().manual_seed(seed))
-    mask = to_compute(candidate, deviation, threshold=threshold, share=share)
-    assert mask[~candidate].all() and mask[-1]
-    assert int((mask & candidate)[:-1].sum()) <= share * int(candidate.sum())
-    everything = to_compute(candidate, deviation, threshold=-1.0, share=1.0)
+    after_break = after_breaks(torch.where(candidate, torch.arange(len(flags)), -1))
+    mask = to_compute(candidate, deviation, after_break, threshold=threshold, share=share)
+    assert mask[~candidate].all() and mask[after_break].all() and mask[-1]
+    most = max(share * int(candidate.sum()), int(after_break.sum()))
+    assert int((mask & candidate)[:-1].sum()) <= most
+    everything = to_compute(candidate, deviation, after_break, threshold=-1.0, share=1.0)
     assert everything.all()
 
 

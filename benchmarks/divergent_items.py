@@ -1,0 +1,179 @@
+"""Sets of branches that begin otherwise, read the same material and are asked for facts of it.
+
+A set has one material of about a thousand tokens: twelve facts, each a sentence of its own pattern about a name of its
+own, among sentences without numbers. Every second branch has some other numbers. A prompt ends with the words of the
+fact's own sentence up to its number, so that the next tokens are the answer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+FACTS = 12  # of a set
+CHANGED = 4  # facts of every second branch that are others than the first branch's
+LEAST, MOST = 100, 999  # of the numbers
+
+OPENINGS = (
+    "Read the notes below with care, then answer the question about them.",
+    "You are given the chronicle of a county. Use nothing else to answer what is asked at the end.",
+    "Below is what a traveller wrote down last spring. Someone wants to know one number from it.",
+    "These lines come from an old almanac. Look up what is asked after them and reply briefly.",
+    "A clerk has copied the following text by hand. Please find the entry that the question is about.",
+    "Here is a long report. It is not in any order. At its end there is a question on one of its lines.",
+    "Consider the records that follow; they are complete and correct. Then give the number that is asked for.",
+    "The text after this sentence holds everything that you need. Do not guess, look it up, and answer.",
+)
+PEOPLE = (
+    *("Tamsin Oakes", "Barnaby Quill", "Ottoline Reyes", "Cosmo Vandermeer", "Philippa Thorne", "Ezra Lindqvist"),
+    *("Marguerite Bloom", "Caspian Holt", "Rosalind Achterberg", "Leopold Finch", "Winifred Castellan", "Jasper Okoro"),
+    *("Henrietta Moss", "Ambrose Tully", "Clementine Vasquez", "Thaddeus Birch"),
+)
+PLACES = (
+    *("Ardmore", "Belcroft", "Kestrel Bay", "Wolverdale", "Saint Imelda", "Dunmarrow", "Pinehollow", "Grizedale"),
+    *("Larkspur", "Ottersby", "Marazion", "Velmont", "Quarrington", "Thistlewick", "Brackenford", "Osmundsey"),
+)
+LINES_ON_PEOPLE = (
+    ("{name} keeps her tools in locker {number} behind the boiler.", "In which locker does {name} keep her tools?"),
+    ("The violin of {name} is insured under policy {number} with a bank.", "Which policy has the violin of {name}?"),
+    ("{name} planted {number} apple trees above the mill.", "How many apple trees did {name} plant?"),
+    ("The parcel for {name} weighed {number} grams when it was posted.", "How heavy was the parcel for {name}?"),
+    ("{name} sailed around the cape in {number} hours without a stop.", "In how many hours did {name} sail?"),
+    ("The thesis of {name} has {number} pages and no pictures.", "How many pages has the thesis of {name}?"),
+    ("{name} sold {number} jars of honey at the autumn fair.", "How many jars of honey did {name} sell?"),
+    ("The telephone extension of {name} is {number} since the move.", "What is the extension of {name}?"),
+)
+LINES_ON_PLACES = (
+    ("The lighthouse at {name} stands {number} feet above the water.", "How high stands the lighthouse at {name}?"),
+    ("The school in {name} has {number} pupils this year.", "How many pupils has the school in {name}?"),
+    ("The road to {name} climbs {number} metres through the forest.", "How far climbs the road to {name}?"),
+    ("The library of {name} lends {number} books in a usual week.", "How many books lends the library of {name}?"),
+    ("The bell of {name} was cast from {number} pounds of bronze.", "From how much bronze is the bell of {name}?"),
+    ("The bus to {name} shows the number {number} on its front.", "Which number shows the bus to {name}?"),
+    ("The theatre in {name} seats {number} people on two floors.", "How many people seats the theatre in {name}?"),
+    ("The bridge at {name} rests on {number} wooden piles.", "On how many piles rests the bridge at {name}?"),
+)
+FILLER = (
+    "Rain fell for most of the week, and the lower meadows were too wet for the sheep to graze on.",
+    "A baker from the coast opened a small shop near the station and is already known for rye bread.",
+    "Nobody remembers who carved the oak door of the town hall, though many families claim the honour.",
+    "The orchestra rehearses on Mondays because the hall is used for dancing on every other evening.",
+    "An owl has nested in the old clock tower, so the keeper winds the clock as quietly as he can.",
+    "Travellers say that the inn by the crossroads serves the best onion soup between the two rivers.",
+    "The council argued about street lamps until midnight and went home without having decided anything.",
+    "In the museum there is a painted globe on which the southern seas are filled with whales.",
+    "Children gather chestnuts in the park and trade them for marbles behind the bicycle shed.",
+    "The doctor prefers to walk to her patients, even in winter, and carries a lantern after dusk.",
+    "A storm tore the roof from the boathouse, and the rowing club now meets in a barn.",
+    "The schoolmaster writes short poems about vegetables, which are printed in the Sunday paper.",
+    "Fishermen mend their nets on the quay and tell visitors stories that change with every telling.",
+    "The gardener grafts pears onto quince stock and keeps a careful diary of what succeeds.",
+    "Some of the vineyards were replanted after the frost, but the oldest vines survived it.",
+    "A retired engineer repairs radios for his neighbours and refuses to be paid for it.",
+    "The river freezes rarely, yet every household still owns a pair of skates in case it does.",
+    "Tourists photograph the painted shutters of the market square and seldom look at the market itself.",
+    "The carpenter built a cradle without a single nail and gave it to the youngest couple in the village.",
+    "On clear nights the astronomers invite anyone who is awake to look through their telescope.",
+    "The post arrives late on Fridays, since the driver visits his mother at the end of the valley.",
+    "Goats were brought to the hillside to eat the brambles, and they ate the roses as well.",
+    "The tailor keeps buttons of every colour in glass drawers that glitter when the sun comes in.",
+    "A choir of beekeepers sings at weddings, always in three parts and never on time.",
+    "The potter digs her clay from the bank of the stream and lets it rest for a whole summer.",
+    "Two brothers run the sawmill and have not spoken to each other since the flood.",
+    "The new teacher of geography lets her classes draw maps of places that do not exist.",
+    "Wild garlic grows along the footpath, and in May one can find the way by its scent alone.",
+    "The printer still sets the festival posters by hand, with wooden letters from his grandfather.",
+    "Snow closed the upper pass early, so the cheese had to be brought down on sledges.",
+    "A painter rents the attic above the pharmacy and complains about pigeons in every letter home.",
+    "The swimming bath was drained for cleaning, and a wedding ring was found beneath the ladder.",
+    "The mayor promised a new fountain and planted a lime tree there instead, to general relief.",
+    "Apprentices at the forge learn to make hinges first and are allowed to make knives much later.",
+    "The widow at the corner feeds every cat in the street but lets none of them into her kitchen.",
+    "A group of students restored the windmill and grinds flour in it on the first day of autumn.",
+    "The chess club plays outdoors as soon as the almond trees are in blossom, whatever the weather.",
+    "Old sailors recommend the narrow channel north of the island, provided that the tide is rising.",
+    "The weaver dyes her wool with walnut shells, and her hands stay brown until Christmas.",
+    "A film was shot in the monastery last year, and the monks were paid with a new oven.",
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and the number that answers it.
+
+    Attributes:
+        prompt: complete, up to the number.
+        answer: the number.
+        donors: the number of the same fact in the set's first branch.
+    """
+
+    prompt: str
+    answer: str
+    donors: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether the first branch has another number."""
+        return self.answer != self.donors
+
+
+@dataclass(frozen=True)
+class _Fact:
+    line: str  # with a place for the number
+    question: str
+
+    @property
+    def start(self) -> str:
+        """The line up to its number."""
+        return self.line.split("{number}")[0]
+
+
+def branches_of(seed: int, template: Any, questions: int) -> list[list[Item]]:
+    """A set: for each of eight openings the prompts that ask for ``questions`` facts (1 to 4), one each.
+
+    Branches of even index have the first branch's numbers and are asked the first branch's first question first. Those
+    of odd index have :data:`CHANGED` other numbers; questions for those, the first included, take turns with others.
+
+    Args:
+        template: has SGLang's ``get_prompt(messages)``.
+    """
+    source = random.Random(seed)
+    facts, numbers = _facts(source), source.sample(range(LEAST, MOST + 1), FACTS)
+    order = source.sample([*range(FACTS), *FILLER], FACTS + len(FILLER))
+    asked_first = source.randrange(FACTS)
+    result = []
+    for index, opening in enumerate(OPENINGS):
+        own = list(numbers)
+        changed = source.sample(range(FACTS), CHANGED) if index % 2 else []
+        others = [number for number in range(LEAST, MOST + 1) if number not in numbers]
+        for fact, number in zip(changed, source.sample(others, len(changed)), strict=True):
+            own[fact] = number
+        lines = [facts[one].line.format(number=own[one]) if isinstance(one, int) else one for one in order]
+        text = f"{opening}\n\n{' '.join(lines)}\n\n"
+        asked = _asked(source, changed, asked_first, questions)
+        result.append([_item(template, text, facts[one], own[one], numbers[one]) for one in asked])
+    return result
+
+
+def _facts(source: random.Random) -> list[_Fact]:
+    pairs = [
+        *zip(LINES_ON_PEOPLE, source.sample(PEOPLE, len(LINES_ON_PEOPLE)), strict=True),
+        *zip(LINES_ON_PLACES, source.sample(PLACES, len(LINES_ON_PLACES)), strict=True),
+    ]
+    chosen = source.sample(pairs, FACTS)
+    return [_Fact(line.replace("{name}", name), asks.replace("{name}", name)) for (line, asks), name in chosen]
+
+
+def _asked(source: random.Random, changed: list[int], first: int, questions: int) -> list[int]:
+    """Which facts a branch is asked for, each once."""
+    if not changed:
+        return [first, *source.sample([fact for fact in range(FACTS) if fact != first], questions - 1)]
+    same = [fact for fact in range(FACTS) if fact not in changed]
+    by_turns = zip(source.sample(changed, CHANGED), source.sample(same, CHANGED), strict=True)
+    return [fact for pair in by_turns for fact in pair][:questions]
+
+
+def _item(template: Any, text: str, fact: _Fact, own: int, first: int) -> Item:
+    messages = [{"role": "user", "content": text + fact.question}, {"role": "assistant", "content": None}]
+    return Item(template.get_prompt(messages) + fact.start, str(own), str(first))
