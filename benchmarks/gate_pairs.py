@@ -36,6 +36,7 @@ NEGATIVE_KINDS = (
     "instruction",
 )
 OTHER_TEMPLATE = "other_problem_same_template"
+UNRELATED = "unrelated"
 _CHAT = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 _PLAIN_SYSTEM = "You are a helpful assistant."
 _TEMPLATES = (
@@ -90,7 +91,7 @@ class Pair:
     Attributes:
         donor: the prompt whose KV is there.
         branch: the prompt that might take it.
-        kind: one of :data:`POSITIVE_KINDS` or :data:`NEGATIVE_KINDS`.
+        kind: one of :data:`POSITIVE_KINDS` or :data:`NEGATIVE_KINDS`, or :data:`UNRELATED`.
     """
 
     donor: str
@@ -132,6 +133,15 @@ def negatives(count: int = 2200, seed: int = 0) -> list[Pair]:
         if len(pairs) == before:
             raise OptionError(f"negatives: {before} can be made, got {count}")
     return list(pairs)
+
+
+def unrelated(count: int = 150, seed: int = 0) -> list[Pair]:
+    """Two different problems at random, each in any template; the same ones for the same arguments."""
+    source = random.Random(seed)
+    problems = [source.sample(_problems(), 2) for _ in range(count)]
+    return [
+        Pair(*(_fill(source.choice(TEMPLATES), problem.question) for problem in two), UNRELATED) for two in problems
+    ]
 
 
 def _collect(pairs: dict[Pair, None], wanted: int, kind: str, make: Callable[[], Pair]) -> None:

@@ -1,10 +1,10 @@
 """Would a merge ever answer another question? The content guard and the similarity gate on real near-duplicates.
 
 A merge is made where the guard finds the same content *and* the similarity reaches tau. The guard runs on every pair;
-hidden states are computed for every pair that it passes, and for a random sample of both sides, from which the AUCs
-come: of the published similarity alone (last token, all layers), and of our whole gate (states of the first layers
-averaged over all tokens, less the sample's mean, with every pair that the guard refuses below every pair that it
-passes). The last line is JSON.
+states are computed for every pair that it passes, and for a random sample of both sides, from which the AUCs come: of
+the published similarity alone (hidden states of the last token, all layers), and of the whole gate as it is served
+(values of the first layers averaged over a prompt's tokens, less the mean of the generic prompts, with every pair that
+the guard refuses below every pair that it passes). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.gate_pairs import NEGATIVE_KINDS, POSITIVE_KINDS, Pair, negatives, positives
+from benchmarks.gate_pairs import NEGATIVE_KINDS, POSITIVE_KINDS, Pair, negatives, positives, unrelated
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
+from rksc_sgl.options import DEFAULT_TAU
+from rksc_sgl.sglang_plugin.layer_pass import probed_of
 from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
+from rksc_sgl.similarity.gate import auc, pooled_similarity, published_similarity
+from rksc_sgl.similarity.generic_prompts import GENERIC_PROMPTS
 
 PUBLISHED_TAU = 0.82
-TAU = 0.3  # of the centred score, which is about 0 for unrelated prompts; the published one is of another scale
-PROBE_LAYERS = 4
 NOISE_PROMPTS = 3
 
 
@@ -48,49 +51,59 @@ class Scores:
     ours: float
 
 
+@dataclass(frozen=True, eq=False)
+class States:
+    """What the two scores read of one prompt.
+
+    Attributes:
+        last: hidden states of the last token, ``[layers, hidden]``.
+        values: values of the probe's layers, averaged over the tokens but the first, ``[probe layers, heads * size]``.
+    """
+
+    last: torch.Tensor
+    values: torch.Tensor
+
+
 class Scorer:
-    """Hidden states of prompts by the model itself, in float32, each prompt computed once."""
+    """States of prompts by the model itself, in float32, each prompt computed once.
+
+    Attributes:
+        common: what the values of all prompts have in common: their mean over the generic prompts.
+    """
 
     def __init__(self, model_path: str) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.torch = torch
         path = resolve_model(model_path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self.states: dict[str, tuple] = {}
-        self.mean = None
+        self.states: dict[str, States] = {}
+        self._values: list[torch.Tensor] = []
+        for layer in self.model.model.layers[: probed_of(self.model.config.num_hidden_layers)]:
+            layer.self_attn.v_proj.register_forward_hook(lambda module, inputs, output: self._values.append(output[0]))
+        self.common = torch.stack([self.compute(text).values for text in GENERIC_PROMPTS]).mean(dim=0)
 
-    def compute(self, text: str) -> tuple:
-        """Last-token states ``[layers, hidden]`` and pooled states ``[PROBE_LAYERS, hidden]``.
-
-        The first token is left out of the pooling: its states are an order of magnitude larger than all others.
-        """
+    def compute(self, text: str) -> States:
+        """The first token's values are left out of the average, as in a server."""
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        with self.torch.inference_mode():
+        self._values.clear()
+        with torch.inference_mode():
             outputs = self.model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        layers = outputs.hidden_states[1:]  # the first one is the embedding
-        last = self.torch.stack([layer[0, -1] for layer in layers])
-        pooled = self.torch.stack([layer[0, 1:].mean(dim=0) for layer in layers[:PROBE_LAYERS]])
-        return last, pooled
+        last = torch.stack([layer[0, -1] for layer in outputs.hidden_states[1:]])  # the first one is the embedding
+        return States(last, torch.stack([values[1:].mean(dim=0) for values in self._values]))
 
     def read(self, texts: Iterable[str]) -> None:
         for text in tqdm(list(dict.fromkeys(texts)), unit="prompt", file=sys.stderr):
             if text not in self.states:
                 self.states[text] = self.compute(text)
 
-    def centre(self, texts: Iterable[str]) -> None:
-        """Take the mean of these prompts for what all prompts have in common."""
-        self.mean = self.torch.stack([self.states[text][1] for text in dict.fromkeys(texts)]).mean(dim=0)
-
     def scores(self, pair: Pair) -> Scores:
         return self.between(self.states[pair.donor], self.states[pair.branch])
 
-    def between(self, donor: tuple, branch: tuple) -> Scores:
-        from rksc_sgl.similarity.gate import pooled_similarity, published_similarity
-
-        return Scores(published_similarity(donor[0], branch[0]), pooled_similarity(donor[1], branch[1], self.mean))
+    def between(self, donor: States, branch: States) -> Scores:
+        return Scores(
+            published_similarity(donor.last, branch.last), pooled_similarity(donor.values, branch.values, self.common)
+        )
 
 
 def judge(same: Iterable[Pair], different: Iterable[Pair]) -> list[Judged]:
@@ -121,9 +134,9 @@ def merges(one: Judged, scores: dict[Pair, Scores], tau: float) -> bool:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__)
     parser.add_argument("--model-path", default=DEFAULT_MODEL)
-    parser.add_argument("--scored", type=int, default=150, help="pairs of each side whose similarity is computed")
+    parser.add_argument("--scored", type=int, default=150, help="pairs of each side, and unrelated ones, to compute")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tau", type=float, default=TAU, help="least similarity of a merge")
+    parser.add_argument("--tau", type=float, default=DEFAULT_TAU, help="least similarity of a merge")
     parser.add_argument("--positives", type=int, default=240)
     parser.add_argument("--negatives", type=int, default=2400)
     arguments = parser.parse_args(words)
@@ -131,17 +144,18 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--scored, --positives and --negatives must be at least 1")
     judged = judge(positives(arguments.positives, arguments.seed), negatives(arguments.negatives, arguments.seed))
     chosen = sample(judged, arguments.scored, arguments.seed)
-    wanted = [*chosen, *(one for one in judged if one.verdict.same)]
+    wanted = [one.pair for one in (*chosen, *(one for one in judged if one.verdict.same))]
+    random_pairs = unrelated(arguments.scored, arguments.seed)
     scorer = Scorer(arguments.model_path)
-    scorer.read(text for one in wanted for text in (one.pair.donor, one.pair.branch))
-    scorer.centre(text for one in chosen for text in (one.pair.donor, one.pair.branch))
-    scores = {one.pair: scorer.scores(one.pair) for one in wanted}
+    scorer.read(text for pair in (*wanted, *random_pairs) for text in (pair.donor, pair.branch))
+    scores = {pair: scorer.scores(pair) for pair in wanted}
+    others = [scorer.scores(pair) for pair in random_pairs]
     noise = [
         scorer.between(scorer.states[one.pair.donor], scorer.compute(one.pair.donor)) for one in chosen[:NOISE_PROMPTS]
     ]
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(_table(judged, scores, arguments.tau))
-    for line in _controls(chosen, scores, noise, arguments.tau):
+    for line in controls(chosen, scores, others, noise, arguments.tau):
         console.print(line)
     result = summary(judged, chosen, scores, arguments.tau)
     print(json.dumps(result), flush=True)
@@ -152,8 +166,6 @@ def summary(
     judged: Sequence[Judged], chosen: Sequence[Judged], scores: dict[Pair, Scores], tau: float
 ) -> dict[str, float]:
     """What the last line says."""
-    from rksc_sgl.similarity.gate import auc
-
     merged = [one for one in judged if merges(one, scores, tau)]
     right = [one for one in judged if one.positive]
     sides = [[one for one in chosen if one.positive is side] for side in (True, False)]
@@ -192,19 +204,26 @@ def _table(judged: Sequence[Judged], scores: dict[Pair, Scores], tau: float) -> 
     return table
 
 
-def _controls(
-    chosen: Sequence[Judged], scores: dict[Pair, Scores], noise: Sequence[Scores], tau: float
+def controls(
+    chosen: Sequence[Judged],
+    scores: dict[Pair, Scores],
+    others: Sequence[Scores],
+    noise: Sequence[Scores],
+    tau: float,
 ) -> Iterable[str]:
-    others = [scores[one.pair] for one in chosen if not one.positive]
+    """What shows that the measurement could have failed: the noise, and the scores without the guard."""
+    near = [scores[one.pair] for one in chosen if not one.positive]
     yield (
         "noise floor, the same prompt computed twice: "
         f"published >= {min(one.published for one in noise):.6f}, ours >= {min(one.ours for one in noise):.6f}"
     )
-    yield (
-        f"negative control, without the guard: of {len(others)} pairs that ask different things, "
-        f"{sum(one.published >= PUBLISHED_TAU for one in others)} would be merged by the published score at "
-        f"{PUBLISHED_TAU}, {sum(one.ours >= tau for one in others)} by ours at {tau}"
-    )
+    for name, ones in (("that nearly ask the same", near), ("of unrelated problems", others)):
+        yield (
+            f"negative control, without the guard: of {len(ones)} pairs {name}, "
+            f"{sum(one.published >= PUBLISHED_TAU for one in ones)} would be merged by the published score at "
+            f"{PUBLISHED_TAU}, {sum(one.ours >= tau for one in ones)} by ours at {tau}; "
+            f"medians {_median([one.published for one in ones])} and {_median([one.ours for one in ones])}"
+        )
 
 
 def _median(values: Sequence[float]) -> str:

@@ -161,8 +161,13 @@ def _batch_of(full: Any, runs: Sequence[Run], rows: torch.Tensor) -> Any:
 
 
 def probe_layers(runner: Any) -> int:
-    """How many layers run for every token of a prompt that shares: a fifteenth of the model's, at least two."""
-    return max(2, runner.model_config.num_hidden_layers // 15)
+    """How many layers run for every token of a prompt that shares."""
+    return probed_of(runner.model_config.num_hidden_layers)
+
+
+def probed_of(layers: int) -> int:
+    """How many layers of a model with so many are the probe: a fifteenth, at least two."""
+    return max(2, layers // 15)
 
 
 def refusal_of_model(model: Any) -> str:
