@@ -139,9 +139,8 @@ def unrelated(count: int = 150, seed: int = 0) -> list[Pair]:
     """Two different problems at random, each in any template; the same ones for the same arguments."""
     source = random.Random(seed)
     problems = [source.sample(_problems(), 2) for _ in range(count)]
-    return [
-        Pair(*(_fill(source.choice(TEMPLATES), problem.question) for problem in two), UNRELATED) for two in problems
-    ]
+    prompts = [[_fill(source.choice(TEMPLATES), problem.question) for problem in two] for two in problems]
+    return [Pair(donor, branch, UNRELATED) for donor, branch in prompts]
 
 
 def _collect(pairs: dict[Pair, None], wanted: int, kind: str, make: Callable[[], Pair]) -> None:

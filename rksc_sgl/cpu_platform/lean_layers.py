@@ -106,8 +106,9 @@ def _is_plain_norm(norm: Any) -> bool:
 
 
 def _is_plain_linear(linear: Any, kind: type) -> bool:
+    of_kind = type(linear) is kind
     return (
-        type(linear) is kind
+        of_kind
         and isinstance(linear.quant_method, UnquantizedLinearMethod)
         and linear.weight.dtype == torch.float32
         and not linear.skip_bias_add

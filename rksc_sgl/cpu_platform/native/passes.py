@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from rksc_sgl.cpu_platform.attention.prefix_tree import Forest, Leaf, shared_pre
 from rksc_sgl.cpu_platform.attention.sequences import QuerySequence
 
 MIN_SHARED = 32  # shorter common stretches are read by each sequence
-_Array = NDArray[np.int64]
+_Array: TypeAlias = "NDArray[np.int64]"
 
 
 class PassStruct(ctypes.Structure):
@@ -134,7 +135,7 @@ def _segments(forest: Forest, sequences: Sequence[QuerySequence]) -> Iterator[_S
 
 def _rows_of(sequence: QuerySequence, segment: _Segment) -> tuple[_Array, _Array]:
     """Rows of a sequence, and how many keys of a segment each of them sees."""
-    steps = np.arange(sequence.tokens, dtype=np.int64)
+    steps: _Array = np.arange(sequence.tokens, dtype=np.int64)
     return sequence.row + steps, np.clip(sequence.prefix + steps + 1 - segment.start, 0, segment.stop - segment.start)
 
 
@@ -142,7 +143,7 @@ def _parts_of_rows(units: _Array, entries: _Array, rows_of_entries: _Array, rows
     """Partial results of each row: where each row's begin ``[rows + 1]``, and all of them."""
     found_rows = _joined([rows_of_entries[entries[number] : entries[number + 1]] for number in units[:, 3]])
     order = np.argsort(found_rows, kind="stable")  # partial results are numbered as they come: unit by unit, by entry
-    starts = np.zeros(rows + 1, dtype=np.int64)
+    starts: _Array = np.zeros(rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(found_rows, minlength=rows), out=starts[1:])
     return starts, np.ascontiguousarray(order, dtype=np.int64)
 
