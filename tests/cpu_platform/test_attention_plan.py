@@ -234,7 +234,9 @@ def test_keys_are_split_between_threads_where_heads_are_fewer():
     assert plan.tiles[0].parts == 1, "too short to be split"
     table = torch.arange(1200, dtype=torch.int32).unsqueeze(0)
     plan = check(Batch(table, [0], [1199], [1]), Layer(kv_heads=1), threads=2)
-    assert plan.tiles[0].parts == 2
+    assert (plan.tiles[0].parts, plan.tiles[0].width) == (4, 300), "one row: parts of some 300 keys, two a thread"
+    plan = check(Batch(table, [0], [1191], [9]), Layer(kv_heads=1), threads=2)
+    assert plan.tiles[0].parts == 2, "many rows: no finer than the threads need"
 
 
 def test_many_sequences_on_one_row_do_not_nest_without_bound():
