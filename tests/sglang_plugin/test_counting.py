@@ -32,16 +32,24 @@ def test_a_report_is_counted_with_its_tokens_and_its_reason(counted: Counters) -
     report = {"op": "branch", "mode": "blend", "reused_tokens": 0, "taken_tokens": 7, "blended_before_tokens": 3}
     counting.count_request({**report, "recomputed_tokens": 2}, aborted=False)
     counting.count_request({"op": "branch", "mode": "exact", "reused_tokens": 4, "declined": "short"}, aborted=False)
+    merged = {"op": "branch", "mode": "merge", "reused_tokens": 1, "merged_tokens": 6, "replaced_tokens": 8}
+    counting.count_request(merged, aborted=False)
     counting.count_request({"op": "verify", "mode": "exact", "reused_tokens": 5}, aborted=False)
     counting.count_request({"op": "verify", "mode": "exact", "reused_tokens": 0}, aborted=True)
     snapshot = counted.snapshot()
     assert [(*one["labels"].values(), one["value"]) for one in snapshot[metrics.REQUESTS]] == [
         ("branch", "blend", "", 1),
         ("branch", "exact", "short", 1),
+        ("branch", "merge", "", 1),
         ("verify", "exact", "", 1),
         ("verify", "exact", "aborted", 1),
     ]
-    assert {one["labels"]["kind"]: one["value"] for one in snapshot[metrics.TOKENS_REUSED]} == {"exact": 9, "blend": 10}
+    assert {one["labels"]["kind"]: one["value"] for one in snapshot[metrics.TOKENS_REUSED]} == {
+        "exact": 10,
+        "blend": 10,
+        "merge": 6,
+    }
+    assert snapshot[metrics.TOKENS_REPLACED][0]["value"] == 8
     assert snapshot[metrics.TOKENS_RECOMPUTED][0]["value"] == 2
     assert snapshot[metrics.TOKENS_REPLACED][0]["value"] == 0
 
