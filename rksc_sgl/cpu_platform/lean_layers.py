@@ -25,6 +25,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
 from rksc_sgl.cpu_platform.native.stack import NativeStack
+from rksc_sgl.cpu_platform.packed_linear import through
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +148,14 @@ class _Layer:
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], backend: RkscCpuAttnBackend, batch: Any
     ) -> None:
         """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
-        qkv = _linear(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
+        qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
         turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
         out = backend.attend(
             turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :], self.attn, batch
         )
-        hidden.add_(_linear(self.output, out))
-        gate, up = _linear(self.gate_up, _normed(hidden, self.before_mlp)).chunk(2, dim=-1)
-        hidden.add_(_linear(self.down, F.silu(gate).mul_(up)))
+        hidden.add_(through(self.output, out))
+        gate, up = through(self.gate_up, _normed(hidden, self.before_mlp)).chunk(2, dim=-1)
+        hidden.add_(through(self.down, F.silu(gate).mul_(up)))
 
     def _with_norms(self, heads: torch.Tensor) -> torch.Tensor:
         """Queries and keys ``[rows, heads, dim]``, with their norms where the layer has some."""
@@ -255,10 +256,6 @@ def _backend() -> Any:
 
 def _normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
     return torch.rms_norm(x, (norm.hidden_size,), norm.weight, norm.variance_epsilon)
-
-
-def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    return linear.quant_method.apply(linear, x, linear.bias)
 
 
 def _turn(table: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

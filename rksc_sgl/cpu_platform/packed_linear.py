@@ -47,6 +47,11 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def through(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[rows, in]`` through one of SGLang's linear layers, by its own method and without its bookkeeping."""
+    return linear.quant_method.apply(linear, x, linear.bias)
+
+
 class _Packed:
     """A packed copy of a layer's weight, made anew whenever SGLang has loaded weights: at start and in every update."""
 

@@ -10,6 +10,7 @@ import torch
 
 from rksc_sgl.cpu_platform.native import build
 from rksc_sgl.cpu_platform.native.passes import LayerStruct, NativePass, native_pass
+from rksc_sgl.cpu_platform.packed_linear import through
 
 MOST_ROWS = 256  # of a pass; beyond, matrix products are nearly all of it
 LANES = 16  # the dimension of a head is a multiple of this
@@ -60,9 +61,9 @@ class NativeStack:
         added: torch.Tensor | None = None
         for layer in layers:
             self._add_norm(hidden, added, layer.before_attention, normed)
-            out = self._attend(layer, _linear(layer.qkv, normed), reads, pool)
-            self._add_norm(hidden, _linear(layer.output, out), layer.before_mlp, normed)
-            added = _linear(layer.down, self._silu(_linear(layer.gate_up, normed)))
+            out = self._attend(layer, through(layer.qkv, normed), reads, pool)
+            self._add_norm(hidden, through(layer.output, out), layer.before_mlp, normed)
+            added = through(layer.down, self._silu(through(layer.gate_up, normed)))
         if added is not None:
             hidden.add_(added)
 
@@ -126,7 +127,3 @@ def _is_served(layer: Any, first: Any) -> bool:
         and not layer.attn.logit_cap
         and (layer.of_queries is None) == (layer.of_keys is None)
     )
-
-
-def _linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
-    return linear.quant_method.apply(linear, x, linear.bias)
