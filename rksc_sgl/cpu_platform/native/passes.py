@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rksc_sgl.cpu_platform.attention.plan import MIN_SHARED
 from rksc_sgl.cpu_platform.attention.prefix_tree import Forest, Leaf, shared_prefix_forest
 from rksc_sgl.cpu_platform.attention.sequences import QuerySequence
 
-MIN_SHARED = 32  # shorter common stretches are read by each sequence
 _Array: TypeAlias = "NDArray[np.int64]"
 
 
