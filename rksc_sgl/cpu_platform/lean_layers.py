@@ -10,7 +10,6 @@ ranks, LoRA, embeddings as input, captured states, another attention backend) ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -196,7 +195,7 @@ class LeanStack:
         if input_embeds is not None or not self._serves(backend, forward_batch, _MODES):
             return self.whole(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         hidden = self.stack.embed_tokens(input_ids)
-        self._run(self.layers, hidden, positions, backend, forward_batch)
+        self._run(0, len(self.layers), hidden, positions, backend, forward_batch)
         return _normed(hidden, self.stack.norm)
 
     def forward_split_prefill(
@@ -218,21 +217,21 @@ class LeanStack:
             hidden = self.stack.embed_tokens(input_ids)
         else:
             hidden = residual.stream_of(forward_batch).snapshot(forward_batch.hidden_states)
-        self._run(self.layers[start:end], hidden, positions, backend, forward_batch)
+        self._run(start, end, hidden, positions, backend, forward_batch)
         forward_batch.hidden_states = residual.set_written(hidden, forward_batch)
         if end < len(self.layers):
             return None
         return self.interval(input_ids, positions, forward_batch, (end, end))  # final norm and logits
 
     def _run(
-        self, layers: Sequence[_Layer], hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any
+        self, start: int, end: int, hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any
     ) -> None:
-        """Add to hidden states ``[rows, hidden]`` what these layers give, in place."""
+        """Add to hidden states ``[rows, hidden]`` what layers ``start`` until before ``end`` give, in place."""
         if self.native is not None and self.native.serves(backend, batch):
-            self.native.run(layers, hidden, positions, backend, batch)
+            self.native.run(start, end, hidden, positions, backend, batch)
             return
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in layers:
+        for layer in self.layers[start:end]:
             turn = turns.get(id(layer.rotary))
             if turn is None:
                 turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)

@@ -1,9 +1,9 @@
-"""Linear layers at the speed of memory, on weights that oneDNN has laid out once.
+"""Linear layers at the speed of memory, on weights that are laid out once for being read.
 
 A decode step multiplies a few rows, one for each sequence, with every weight. ``F.linear`` computes ``x @ W.T``
-through MKL at a fraction of the memory's bandwidth when ``x`` has few rows. oneDNN's inner product reads a copy of
-the weight in blocks of its own choice nearly as fast as it can be read. From some hundred rows on both are equal, and
-beyond :data:`MOST_ROWS` the weight itself is used.
+through MKL at a fraction of the memory's bandwidth when ``x`` has few rows. Our own product
+(:class:`~rksc_sgl.cpu_platform.native.linear.PanelWeight`) reads a copy of the weight as fast as it can be read.
+Without a compiled library oneDNN's inner product does, on a copy in blocks of its own choice, somewhat slower.
 
 The copy costs as much memory as the weights. The weights themselves stay: embeddings are looked up in them, weight
 updates are written to them, and SGLang's own step after loading packs them anew.
@@ -12,6 +12,7 @@ updates are written to them, and SGLang's own step after loading packs them anew
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -19,32 +20,46 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
+from rksc_sgl.cpu_platform.native import build
+from rksc_sgl.cpu_platform.native.linear import PanelWeight
+
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 512  # beyond, as in a long prefill, MKL on the weight as it is was measured faster
+ONEDNN_ROWS = 512  # beyond, as in a long prefill, MKL on the weight as it is was measured faster than oneDNN
 _ROWS_HINT = 8  # rows for which oneDNN chooses the layout; it serves any number
 _MEMORY_SHARE = 0.4  # of the free memory that the copies may take
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """An opaque copy of ``weight`` ``[out, in]``, float32 on the CPU, for :func:`packed_linear`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
+@dataclass(frozen=True, eq=False)
+class OneDnnWeight:
+    """A weight beside an opaque copy that oneDNN reads."""
+
+    weight: torch.Tensor
+    packed: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> OneDnnWeight:
+        return cls(weight, torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT))
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As :meth:`PanelWeight.__call__`."""
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.weight.shape[0])
+        if x.numel() > ONEDNN_ROWS * x.shape[-1]:
+            return F.linear(x, self.weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear(x, weight, bias)`` up to rounding.
+def pack(weight: torch.Tensor) -> PanelWeight | OneDnnWeight:
+    """A copy of ``weight`` ``[out, in]``, float32 on the CPU, through which rows can be sent."""
+    weight = weight.detach()
+    return PanelWeight.of(weight) or OneDnnWeight.of(weight)
 
-    Args:
-        x: ``[..., in]``, float32 on the CPU.
-        packed: what :func:`pack` made of the weight.
-        bias: ``[out]`` or None.
 
-    Returns:
-        ``[..., out]``, contiguous.
-    """
-    if x.numel() == 0:
-        return x.new_empty(*x.shape[:-1], packed.shape[0])
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def panels_of(linear: Any) -> PanelWeight | None:
+    """The panels of one of SGLang's linear layers, where it has some."""
+    packed = getattr(linear.quant_method, "packed", None)
+    return packed if isinstance(packed, PanelWeight) else None
 
 
 def through(linear: Any, x: torch.Tensor) -> torch.Tensor:
@@ -55,15 +70,13 @@ def through(linear: Any, x: torch.Tensor) -> torch.Tensor:
 class _Packed:
     """A packed copy of a layer's weight, made anew whenever SGLang has loaded weights: at start and in every update."""
 
-    packed: torch.Tensor
+    packed: PanelWeight | OneDnnWeight
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.packed = pack(layer.weight)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.numel() > MOST_ROWS * x.shape[-1]:
-            return F.linear(x, layer.weight, bias)
-        return packed_linear(x, self.packed, bias)
+        return self.packed(x, bias)
 
 
 class PackedLinearMethod(_Packed, UnquantizedLinearMethod):
@@ -86,11 +99,11 @@ _METHODS: dict[type, Any] = {
 def use_packed_linear(model: torch.nn.Module) -> int:
     """Let every plain float32 linear layer of a loaded model work on a packed weight; how many do.
 
-    None does, and the log says so, where PyTorch lacks oneDNN or the copies would take more than
+    None does, and the log says so, where there is neither a library nor oneDNN, or the copies would take more than
     :data:`_MEMORY_SHARE` of the free memory. Other layers (quantized, 16-bit, on another device) stay as they are.
     """
-    if not torch.backends.mkldnn.is_available():
-        logger.info("linear layers are SGLang's own: this PyTorch has no oneDNN")
+    if build.library() is None and not torch.backends.mkldnn.is_available():
+        logger.info("linear layers are SGLang's own: there is no compiled library, and this PyTorch has no oneDNN")
         return 0
     layers = [module for module in model.modules() if _can_be_packed(module)]
     needed = sum(module.weight.numel() * 4 for module in layers)

@@ -7,6 +7,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 
 from rksc_sgl.cpu_platform.attention.sequences import QuerySequence
 from rksc_sgl.cpu_platform.native import build
+from rksc_sgl.cpu_platform.native.linear import PanelWeight
 from rksc_sgl.cpu_platform.native.passes import LayerStruct, native_pass
 from rksc_sgl.errors import NativeBuildError
 
 SLOTS = 700
+Turn: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # cosines and sines, [rows, dim / 2]
 
 
 @pytest.fixture(scope="module")
@@ -62,44 +65,93 @@ def turned(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> t
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def check(library: ctypes.CDLL, sequences: list[QuerySequence], shape: Shape, normed: bool, unit_keys: int) -> None:
+class Layer:
+    """Random weights of one decoder layer, in PyTorch and as the library has them."""
+
+    def __init__(self, shape: Shape, normed: bool, biased: bool, hidden: int = 40, half: int = 24) -> None:
+        self.shape, self.normed, self.hidden, self.half = shape, normed, hidden, half
+        sizes = {
+            "qkv": ((shape.queries + 2 * shape.kv_heads) * shape.dim, hidden),
+            "output": (hidden, shape.queries * shape.dim),
+            "gate_up": (2 * half, hidden),
+            "down": (hidden, half),
+        }
+        self.weights = {name: torch.randn(size) / size[1] ** 0.5 for name, size in sizes.items()}
+        self.biases = {name: torch.randn(outputs) if biased else None for name, (outputs, _) in sizes.items()}
+        self.panels = {name: PanelWeight.of(weight) for name, weight in self.weights.items()}
+        self.norms = [torch.rand(size) + 0.5 for size in (hidden, hidden, shape.dim, shape.dim)]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[name], self.biases[name])
+
+    def struct(self, keys: torch.Tensor, values: torch.Tensor) -> LayerStruct:
+        of_heads = [one.data_ptr() if self.normed else None for one in self.norms[2:]]
+        return LayerStruct(
+            *(self.panels[name].struct(self.biases[name]) for name in ("qkv", "output", "gate_up", "down")),
+            *(one.data_ptr() for one in (keys, values, *self.norms[:2])),
+            *of_heads,
+            *(1e-5, 2e-5, 1e-5, 1e-6, 0.3),
+        )
+
+    def forward(
+        self, hidden: torch.Tensor, sequences: list[QuerySequence], keys: torch.Tensor, values: torch.Tensor, turn: Turn
+    ) -> torch.Tensor:
+        """The layer in plain tensors; writes keys ``[slots, kv_heads, dim]`` and values."""
+        shape, rows = self.shape, hidden.shape[0]
+        normed = F.rms_norm(hidden, (self.hidden,), self.norms[0], 1e-5)
+        qkv = self.linear("qkv", normed).view(rows, -1, shape.dim)
+        queries, own = qkv[:, : shape.queries], qkv[:, shape.queries : -shape.kv_heads]
+        if self.normed:
+            queries = F.rms_norm(queries, (shape.dim,), self.norms[2], 1e-5)
+            own = F.rms_norm(own, (shape.dim,), self.norms[3], 1e-6)
+        new = new_slots(sequences)
+        keys[new], values[new] = turned(own, *turn), qkv[:, -shape.kv_heads :]
+        queries, out = turned(queries, *turn), torch.empty(rows, shape.queries, shape.dim)
+        for one in sequences:
+            for step in range(one.tokens):
+                seen = torch.from_numpy(one.slots[: one.prefix + step + 1].astype(np.int64))
+                all_keys = keys[seen].repeat_interleave(shape.group, dim=1)
+                scores = torch.einsum("hd,thd->ht", queries[one.row + step], all_keys) * 0.3
+                mixed = values[seen].repeat_interleave(shape.group, dim=1)
+                out[one.row + step] = torch.einsum("ht,thd->hd", scores.softmax(dim=-1), mixed)
+        hidden = hidden + self.linear("output", out.flatten(1))
+        gate, up = self.linear("gate_up", F.rms_norm(hidden, (self.hidden,), self.norms[1], 2e-5)).chunk(2, dim=-1)
+        return hidden + self.linear("down", F.silu(gate) * up)
+
+
+def new_slots(sequences: list[QuerySequence]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([one.slots[one.prefix :] for one in sequences]))
+
+
+def check(
+    library: ctypes.CDLL,
+    sequences: list[QuerySequence],
+    shape: Shape,
+    normed: bool = False,
+    biased: bool = False,
+    unit_keys: int = 128,
+) -> None:
+    """Two layers of a pass, on keys and values of their own."""
     torch.manual_seed(len(sequences))
     rows = sum(one.tokens for one in sequences)
-    qkv = torch.randn(rows, shape.queries + 2 * shape.kv_heads, shape.dim)
-    keys, values = (torch.randn(SLOTS, shape.kv_heads, shape.dim) for _ in range(2))
+    layers = [Layer(shape, normed, biased) for _ in range(2)]
+    hidden = torch.randn(rows, layers[0].hidden)
     angles = torch.rand(rows, shape.dim // 2) * 6
-    cosines, sines = angles.cos(), angles.sin()
-    new = torch.from_numpy(np.concatenate([one.slots[one.prefix :] for one in sequences]))
-    weights = [torch.rand(shape.dim) + 0.5 for _ in range(2)] if normed else [None, None]
-    queries, own = qkv[:, : shape.queries], qkv[:, shape.queries : -shape.kv_heads]
-    if normed:
-        queries = F.rms_norm(queries, (shape.dim,), weights[0], 1e-5)
-        own = F.rms_norm(own, (shape.dim,), weights[1], 1e-6)
-    wanted_keys, wanted_values = keys.clone(), values.clone()
-    wanted_keys[new], wanted_values[new] = turned(own, cosines, sines), qkv[:, -shape.kv_heads :]
-    queries = turned(queries, cosines, sines)
-    wanted = torch.empty(rows, shape.queries, shape.dim)
-    for one in sequences:
-        for step in range(one.tokens):
-            seen = torch.from_numpy(one.slots[: one.prefix + step + 1].astype(np.int64))
-            all_keys = wanted_keys[seen].repeat_interleave(shape.group, dim=1)
-            scores = torch.einsum("hd,thd->ht", queries[one.row + step], all_keys) * 0.3
-            mixed = wanted_values[seen].repeat_interleave(shape.group, dim=1)
-            wanted[one.row + step] = torch.einsum("ht,thd->hd", scores.softmax(dim=-1), mixed)
+    turn = angles.cos(), angles.sin()
+    pools = [tuple(torch.randn(SLOTS, shape.kv_heads, shape.dim) for _ in range(2)) for _ in layers]
+    wanted_pools = [tuple(one.clone() for one in pool) for pool in pools]
+    wanted = hidden
+    for layer, (keys, values) in zip(layers, wanted_pools, strict=True):
+        wanted = layer.forward(wanted, sequences, keys, values, turn)
 
     heads = (shape.queries, shape.kv_heads, shape.dim)
-    reads = native_pass(sequences, heads, (cosines, sines), new, unit_keys)
-    out = torch.full((rows, shape.queries, shape.dim), torch.nan)
-    layer = LayerStruct(
-        *(one.data_ptr() for one in (qkv, keys, values)),
-        *(None if one is None else one.data_ptr() for one in weights),
-        *(1e-5, 1e-6, 0.3),
-        out.data_ptr(),
-    )
-    library.rksc_attend(ctypes.byref(reads.struct), ctypes.byref(layer))
-    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-4)
-    torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-5)
-    assert torch.equal(values, wanted_values)
+    reads = native_pass(sequences, heads, turn, new_slots(sequences), unit_keys)
+    structs = (LayerStruct * 2)(*(layer.struct(*pool) for layer, pool in zip(layers, pools, strict=True)))
+    scratch = [torch.full((rows, width), torch.nan) for width in (layers[0].hidden, 2 * layers[0].half, layers[0].half)]
+    library.rksc_layers(ctypes.byref(reads.struct), structs, 2, hidden.data_ptr(), *(one.data_ptr() for one in scratch))
+    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-4)
+    for pool, wanted_pool in zip(pools, wanted_pools, strict=True):
+        torch.testing.assert_close(pool, wanted_pool, rtol=1e-5, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,21 +161,22 @@ def check(library: ctypes.CDLL, sequences: list[QuerySequence], shape: Shape, no
     shared=st.sampled_from([0, 16, 48, 144]),
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(1, 6)), min_size=1, max_size=4),
     normed=st.booleans(),
+    biased=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_attention_is_that_of_plain_tensors(
-    shape: Shape, page: int, shared: int, lengths: list[tuple[int, int]], normed: bool, seed: int
+def test_layers_are_those_of_plain_tensors(
+    shape: Shape, page: int, shared: int, lengths: list[tuple[int, int]], normed: bool, biased: bool, seed: int
 ) -> None:
     found = build.library()
     assert found is not None
     prefixes, tokens = [prefix for prefix, _ in lengths], [count for _, count in lengths]
-    check(found, ragged(shared, prefixes, tokens, page, seed), shape, normed, int(found.rksc_unit_keys()))
+    check(found, ragged(shared, prefixes, tokens, page, seed), shape, normed, biased, int(found.rksc_unit_keys()))
 
 
 def test_several_units_of_one_sequence_are_merged(library: ctypes.CDLL) -> None:
     sequences = ragged(0, [300, 299, 3], [5, 1, 2], 1, 0)
     for unit_keys in (1, 7, 8, 128):
-        check(library, sequences, Shape(2, 3, 64), False, unit_keys)
+        check(library, sequences, Shape(2, 3, 64), unit_keys=unit_keys)
 
 
 def test_memory_of_partial_results_is_taken_again_where_it_is_large_enough() -> None:
@@ -139,30 +192,57 @@ def test_memory_of_partial_results_is_taken_again_where_it_is_large_enough() -> 
     assert again.partial.numel() == large.partial.numel()
 
 
-@pytest.mark.parametrize("width", [8, 13, 576])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 200])
-def test_a_norm_with_an_addend_is_rms_norm_of_the_sum(library: ctypes.CDLL, rows: int, width: int, added: bool) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 6, 7, 24, 25, 100, 252, 253, 600])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 80), (97, 7), (1, 16), (250, 33)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_weight_in_panels_is_a_linear_layer(rows: int, inputs: int, outputs: int, biased: bool) -> None:
     torch.manual_seed(rows)
-    hidden, addend, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
-    summed = hidden + addend if added else hidden.clone()
-    out = torch.full_like(hidden, torch.nan)
-    library.rksc_add_norm(
-        hidden.data_ptr(), addend.data_ptr() if added else None, weight.data_ptr(), out.data_ptr(), rows, width, 1e-5
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    bias = torch.randn(outputs) if biased else None
+    packed = PanelWeight.of(weight)
+    assert packed is not None
+    torch.testing.assert_close(packed(x, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 300)
+    packed = PanelWeight.of(torch.randn(50, 300))
+    assert packed is not None
+    alone = torch.cat([packed(row[None], None) for row in x])
+    for rows in (2, 3, 4, 5, 6, 7, 8, 24, 25, 253, 400):
+        assert torch.equal(packed(x[:rows], None), alone[:rows])
+    assert torch.equal(packed(x[::2], None), alone[::2]), "rows that do not lie one after another"
+
+
+def test_the_gate_is_silu_also_at_the_ends_of_its_range(library: ctypes.CDLL) -> None:
+    """With a layer that is nothing but its gate: everything else is zero or one."""
+    shape, half = Shape(1, 1, 16), 21
+    layer = Layer(shape, normed=False, biased=True, hidden=half, half=half)
+    for name in ("qkv", "output", "gate_up"):
+        layer.panels[name].panels.zero_()
+        layer.biases[name].zero_()
+    layer.panels["down"] = PanelWeight.of(torch.eye(half))
+    layer.biases["down"].zero_()
+    gate = torch.linspace(-10, 10, half)
+    gate[:4] = torch.tensor([0.0, -200.0, 200.0, -87.5])
+    layer.biases["gate_up"].copy_(torch.cat((gate, torch.full((half,), 3.0))))
+    reads = native_pass(
+        ragged(0, [0], [1], 1, 0),
+        (1, 1, 16),
+        (torch.ones(1, 8), torch.zeros(1, 8)),
+        torch.zeros(1, dtype=torch.int64),
+        128,
     )
-    assert torch.equal(hidden, summed)
-    torch.testing.assert_close(out, F.rms_norm(summed, (width,), weight, 1e-5), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("rows", "half"), [(1, 5), (3, 1536), (40, 512)])
-def test_the_gate_is_silu(library: ctypes.CDLL, rows: int, half: int) -> None:
-    torch.manual_seed(half)
-    gate_up = torch.randn(rows, 2 * half) * 20
-    gate_up[0, :4] = torch.tensor([0.0, -200.0, 200.0, -87.5])
-    out = torch.full((rows, half), torch.nan)
-    library.rksc_silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, half)
-    gate, up = gate_up.chunk(2, dim=-1)
-    torch.testing.assert_close(out, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
+    keys, values, hidden = torch.zeros(SLOTS, 1, 16), torch.zeros(SLOTS, 1, 16), torch.zeros(1, half)
+    scratch = [torch.full((1, width), torch.nan) for width in (half, 2 * half, half)]
+    library.rksc_layers(
+        ctypes.byref(reads.struct),
+        ctypes.byref(layer.struct(keys, values)),
+        1,
+        *(one.data_ptr() for one in (hidden, *scratch)),
+    )
+    torch.testing.assert_close(hidden[0], F.silu(gate) * 3.0, rtol=1e-5, atol=1e-5)
 
 
 def test_the_library_is_built_once(tmp_path: Path) -> None:

@@ -46,19 +46,31 @@ def test_a_worker_takes_over_the_environment_it_was_sent(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [0, 1, 2, 8, 13, 100])
+@pytest.mark.parametrize("rows", [0, 1, 8, 13, 600])
 @pytest.mark.parametrize("biased", [False, True])
-def test_packed_linear_is_linear(rows: int, biased: bool) -> None:
-    from rksc_sgl.cpu_platform.packed_linear import pack, packed_linear
+@pytest.mark.parametrize("kind", ["PanelWeight", "OneDnnWeight"])
+def test_a_packed_weight_is_a_linear_layer(rows: int, biased: bool, kind: str) -> None:
+    from rksc_sgl.cpu_platform import packed_linear
 
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 96), torch.randn(80, 96)
     bias = torch.randn(80) if biased else None
-    packed = pack(weight)
-    result = packed_linear(x, packed, bias)
+    packed = getattr(packed_linear, kind).of(weight)
+    result = packed(x, bias)
     assert result.is_contiguous()
     torch.testing.assert_close(result, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
-    assert packed_linear(x.view(1, rows, 96), packed, bias).shape == (1, rows, 80)
+    assert packed(x.view(1, rows, 96), bias).shape == (1, rows, 80)
+
+
+@pytest.mark.slow
+def test_without_a_library_onednn_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rksc_sgl.cpu_platform.native import build
+    from rksc_sgl.cpu_platform.packed_linear import OneDnnWeight, PanelWeight, pack
+
+    weight = torch.randn(8, 8)
+    assert isinstance(pack(weight), PanelWeight)
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert isinstance(pack(weight), OneDnnWeight)
 
 
 def _layers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]:
@@ -78,7 +90,7 @@ def _layers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]:
 
 @pytest.mark.slow
 def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> None:
-    from rksc_sgl.cpu_platform.packed_linear import MOST_ROWS, PackedLinearMethod, use_packed_linear
+    from rksc_sgl.cpu_platform.packed_linear import ONEDNN_ROWS, PackedLinearMethod, use_packed_linear
 
     plain, half, other = _layers()
     model = torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)])
@@ -87,7 +99,7 @@ def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> Non
     assert not isinstance(half.quant_method, PackedLinearMethod)
     assert type(other.quant_method) is object
     x = torch.randn(3, 4)
-    many = torch.randn(MOST_ROWS + 1, 4)
+    many = torch.randn(ONEDNN_ROWS + 1, 4)
     with torch.inference_mode():
         torch.testing.assert_close(plain.quant_method.apply(plain, many), F.linear(many, plain.weight))
         torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))

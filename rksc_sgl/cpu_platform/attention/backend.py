@@ -40,10 +40,17 @@ class _Kind:
 
 @dataclass(frozen=True, eq=False)
 class BatchPlans:
-    """Plans of one forward pass; the first layer of each kind builds its own."""
+    """Plans of one forward pass; the first layer of each kind builds its own.
+
+    Attributes:
+        batch: whose they are.
+        plans: by kind of layer.
+        reads: what a compiled layer stack has laid out for itself, by the stack.
+    """
 
     batch: weakref.ref
     plans: dict[_PlanKey, AttentionPlan] = field(default_factory=dict)
+    reads: dict[int, Any] = field(default_factory=dict)
 
     def serves(self, forward_batch: Any) -> bool:
         return self.batch() is forward_batch
@@ -167,14 +174,18 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             kind = layer.rksc_kind = _Kind(key, LogitRule(layer.scaling, layer.logit_cap or 0.0))
         return kind
 
-    def _plan(self, key: _PlanKey, forward_batch: Any) -> AttentionPlan:
-        """The pass's plan for layers of a kind.
+    def plans_of(self, forward_batch: Any) -> BatchPlans:
+        """The pass's plans so far.
 
         Another batch may have come between two intervals of a split prefill; its plans are of no use then.
         """
         if self.forward_metadata is None or not self.forward_metadata.serves(forward_batch):
             self.init_forward_metadata(forward_batch)
-        plans = self.forward_metadata.plans
+        return self.forward_metadata
+
+    def _plan(self, key: _PlanKey, forward_batch: Any) -> AttentionPlan:
+        """The pass's plan for layers of a kind."""
+        plans = self.plans_of(forward_batch).plans
         if key not in plans:
             plans[key] = build_plan(self.sequences(forward_batch, key.swa_slots), key.heads, window=key.window)
         return plans[key]

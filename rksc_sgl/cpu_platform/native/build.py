@@ -96,10 +96,10 @@ def _processor() -> str:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     address, size = ctypes.c_void_p, ctypes.c_int64
-    found.rksc_add_norm.argtypes = [address, address, address, address, size, size, ctypes.c_float]
-    found.rksc_silu_mul.argtypes = [address, address, size, size]
-    found.rksc_attend.argtypes = [address, address]
-    for function in (found.rksc_add_norm, found.rksc_silu_mul, found.rksc_attend):
+    found.rksc_linear.argtypes = [address, address, address, size]
+    found.rksc_layers.argtypes = [address, address, size, *[address] * 4]
+    for function in (found.rksc_linear, found.rksc_layers):
         function.restype = None
-    found.rksc_unit_keys.restype = ctypes.c_int64
+    for number in (found.rksc_panel, found.rksc_unit_keys):
+        number.restype = size
     return found

@@ -1,4 +1,4 @@
-/* What a decoder layer does between its matrix products, for passes of few rows: norms, rotation, KV, attention, SiLU.
+/* Decoder layers for passes of few rows (linear layers, norms, rotation, KV, attention, SiLU), and linear layers alone.
  *
  * Plain C with GCC's vector extensions; no header of PyTorch or Python. All numbers are float32, all sizes in elements.
  * The eager references are in the tests. Threads are OpenMP's, shared with PyTorch (see build.py).
@@ -12,6 +12,12 @@
 
 #define LANES 8
 #define KEYS 128    /* of a unit of work */
+#define PANEL 16    /* outputs of a linear layer that are computed together */
+#define VECS (PANEL / LANES)
+#define BLOCK 96    /* inputs after which the next of few rows are taken: their weights stay in the nearest cache */
+#define TILE 6      /* most rows that are: their sums and what feeds them fill the registers of a core with sixteen */
+#define SPAN 252    /* rows after which the next panels are taken: their inputs stay in a cache; a multiple of TILE */
+#define AHEAD 48    /* inputs for which a panel's weights are fetched in advance */
 #define NEVER (-1e30f)
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
@@ -49,40 +55,28 @@ INLINE vec exponential(vec x) {
 
 /* ------------------------------------------------------------------------------------------------ norms, SiLU */
 
-/* out = norm(hidden) * weight, after hidden += addend where there is one; each row of n. */
-INLINE void norm_row(float *hidden, const float *addend, const float *weight, float *out, int n, float eps) {
+/* out = norm(hidden) * weight, of n elements. */
+INLINE void norm_row(const float *hidden, const float *weight, float *out, int n, float eps) {
     vec squares = all(0.0f);
     int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vec x = *(const vec *)(hidden + i);
-        if (addend) {
-            x += *(const vec *)(addend + i);
-            *(vec *)(hidden + i) = x;
-        }
-        squares += x * x;
-    }
+    for (; i + LANES <= n; i += LANES) squares += *(const vec *)(hidden + i) * *(const vec *)(hidden + i);
     float total = sum(squares);
-    for (; i < n; i++) {
-        if (addend) hidden[i] += addend[i];
-        total += hidden[i] * hidden[i];
-    }
+    for (; i < n; i++) total += hidden[i] * hidden[i];
     float factor = 1.0f / sqrtf(total / (float)n + eps);
     for (i = 0; i + LANES <= n; i += LANES)
         *(vec *)(out + i) = *(const vec *)(hidden + i) * all(factor) * *(const vec *)(weight + i);
     for (; i < n; i++) out[i] = hidden[i] * factor * weight[i];
 }
 
-/* hidden, addend (or null), out: [rows, n]; weight: [n]. */
-void rksc_add_norm(float *hidden, const float *addend, const float *weight, float *out, int64_t rows, int64_t n,
-                   float eps) {
-#pragma omp parallel for if (rows * n > 32768)
-    for (int64_t row = 0; row < rows; row++)
-        norm_row(hidden + row * n, addend ? addend + row * n : 0, weight, out + row * n, (int)n, eps);
+/* out [rows, n] = norms of hidden [rows, n]. Within a parallel region, as all functions that share out their work. */
+static void norms(const float *hidden, const float *weight, float eps, float *out, int64_t rows, int64_t n) {
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) norm_row(hidden + row * n, weight, out + row * n, (int)n, eps);
 }
 
 /* out [rows, half] = silu(first half) * second half of gate_up [rows, 2 * half]. */
-void rksc_silu_mul(const float *gate_up, float *out, int64_t rows, int64_t half) {
-#pragma omp parallel for if (rows * half > 16384)
+static void silu_mul(const float *gate_up, float *out, int64_t rows, int64_t half) {
+#pragma omp for
     for (int64_t row = 0; row < rows; row++) {
         const float *gate = gate_up + row * 2 * half, *up = gate + half;
         float *target = out + row * half;
@@ -94,6 +88,109 @@ void rksc_silu_mul(const float *gate_up, float *out, int64_t rows, int64_t half)
         for (; i < half; i++) target[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
     }
 }
+
+/* ------------------------------------------------------------------------------------------------- linear layers */
+
+/* A weight [outs, in] in panels [outs / PANEL rounded up, in, PANEL], the last one filled up with zeros. */
+typedef struct {
+    const float *panels, *bias; /* bias: [outs] or null */
+    int64_t in, outs;
+} Linear;
+
+/* sums[r] += x[r][k] * panel[k], for one k. */
+INLINE void multiply(vec sums[TILE][VECS], const float *x, const float *panel, int64_t in, int64_t k, int rows) {
+    vec first = *(const vec *)(panel + k * PANEL), second = *(const vec *)(panel + k * PANEL + LANES);
+    for (int r = 0; r < rows; r++) {
+        vec input = all(x[r * in + k]);
+        sums[r][0] += input * first;
+        sums[r][1] += input * second;
+    }
+}
+
+/* Inputs `begin` to `end` of `rows` rows: found [rows, PANEL] is set at the first and added to at others. `fetch`: the
+ * panel's next inputs are asked for. */
+INLINE void tile(const float *x, const float *panel, float *found, int64_t in, int64_t begin, int64_t end, int rows,
+                 int fetch) {
+    vec sums[TILE][VECS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECS; v++) sums[r][v] = begin ? *(const vec *)(found + r * PANEL + v * LANES) : all(0.0f);
+    int64_t k = begin;
+    if (rows <= 4) /* registers are left for two steps at once */
+        for (; k + 2 <= end; k += 2) {
+            if (fetch) {
+                __builtin_prefetch(panel + (k + AHEAD) * PANEL);
+                __builtin_prefetch(panel + (k + AHEAD + 1) * PANEL);
+            }
+            multiply(sums, x, panel, in, k, rows);
+            multiply(sums, x, panel, in, k + 1, rows);
+        }
+    for (; k < end; k++) {
+        if (fetch) __builtin_prefetch(panel + (k + AHEAD) * PANEL);
+        multiply(sums, x, panel, in, k, rows);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECS; v++) *(vec *)(found + r * PANEL + v * LANES) = sums[r][v];
+}
+
+INLINE void tile_of(const float *x, const float *panel, float *found, int64_t in, int64_t begin, int64_t end, int rows,
+                    int fetch) {
+    switch (rows) { /* each a loop of its own, with its sums in registers */
+    case 1: tile(x, panel, found, in, begin, end, 1, fetch); break;
+    case 2: tile(x, panel, found, in, begin, end, 2, fetch); break;
+    case 3: tile(x, panel, found, in, begin, end, 3, fetch); break;
+    case 4: tile(x, panel, found, in, begin, end, 4, fetch); break;
+    case 5: tile(x, panel, found, in, begin, end, 5, fetch); break;
+    default: tile(x, panel, found, in, begin, end, TILE, fetch);
+    }
+}
+
+/* At most SPAN rows through one panel. Sums run over the inputs in order whatever the number of rows: what is found for
+ * a row does not depend on the rows beside it. */
+INLINE void through_panel(const Linear *linear, int64_t number, const float *x, float *out, int rows, int add) {
+    const int64_t in = linear->in, outs = linear->outs, first = number * PANEL;
+    const float *panel = linear->panels + first * in, *bias = linear->bias ? linear->bias + first : 0;
+    float found[SPAN * PANEL] __attribute__((aligned(32)));
+    const int64_t block = rows <= 4 * TILE ? BLOCK : in; /* many rows compute for longer than their weights are read */
+    for (int64_t begin = 0; begin < in; begin += block) {
+        int64_t end = begin + block < in ? begin + block : in;
+        int done = 0;
+        for (int tiles = (rows + TILE - 1) / TILE; tiles > 0; tiles--) {
+            int some = (rows - done + tiles - 1) / tiles;
+            if (done == 0)
+                tile_of(x, panel, found, in, begin, end, some, 1);
+            else
+                tile_of(x + done * in, panel, found + done * PANEL, in, begin, end, some, 0);
+            done += some;
+        }
+    }
+    int64_t width = outs - first < PANEL ? outs - first : PANEL;
+    for (int r = 0; r < rows; r++) {
+        float *target = out + r * outs + first, *one = found + r * PANEL;
+        for (int64_t i = 0; i < width; i++) {
+            float value = one[i] + (bias ? bias[i] : 0.0f);
+            target[i] = add ? target[i] + value : value;
+        }
+    }
+}
+
+/* out [rows, outs] = x [rows, in] through the layer, or that much more. */
+INLINE void through(const Linear *linear, const float *x, float *out, int64_t rows, int add) {
+    int64_t panels = (linear->outs + PANEL - 1) / PANEL, spans = (rows + SPAN - 1) / SPAN;
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t work = 0; work < panels * spans; work++) {
+        int64_t first = work / panels * SPAN, left = rows - first;
+        through_panel(linear, work % panels, x + first * linear->in, out + first * linear->outs,
+                      (int)(left < SPAN ? left : SPAN), add);
+    }
+}
+
+void rksc_linear(const Linear *linear, const float *x, float *out, int64_t rows) {
+#pragma omp parallel
+    through(linear, x, out, rows, 0);
+}
+
+/* Outputs of a panel: how a weight must be laid out. */
+int64_t rksc_panel(void) { return PANEL; }
 
 /* ---------------------------------------------------------------------------------------------------- attention */
 
@@ -115,15 +212,17 @@ typedef struct {
     float *partial;               /* [partials, query_heads, dim + 2]: weighted values, largest score, sum of weights */
     const float *cosines, *sines; /* [rows, dim / 2] */
     const int64_t *new_slots;     /* [rows] where the rows' own keys and values go */
+    float *qkv;                   /* [rows, query_heads + 2 * kv_heads, dim] of one layer; queries are turned here */
+    float *attended;              /* [rows, query_heads, dim] of one layer */
 } Pass;
 
 /* One layer. */
 typedef struct {
-    float *qkv;                                  /* [rows, query_heads + 2 * kv_heads, dim]; queries are turned here */
+    Linear qkv, output, gate_up, down;
     float *keys, *values;                        /* the pool's, [slots, kv_heads, dim] */
+    const float *before_attention, *before_mlp;  /* [hidden size] of norms */
     const float *query_weight, *key_weight;      /* [dim] of norms, or null */
-    float query_eps, key_eps, scale;
-    float *out;                                  /* [rows, query_heads, dim] */
+    float attention_eps, mlp_eps, query_eps, key_eps, scale;
 } Layer;
 
 INLINE void turn(const float *x, float *out, const float *cosine, const float *sine, int half) {
@@ -138,14 +237,14 @@ INLINE void turn(const float *x, float *out, const float *cosine, const float *s
 static void place_row(const Pass *pass, const Layer *layer, int64_t row) {
     int dim = (int)pass->dim;
     const float *cosine = pass->cosines + row * (dim / 2), *sine = pass->sines + row * (dim / 2);
-    float *head = layer->qkv + row * (pass->query_heads + 2 * pass->kv_heads) * dim;
+    float *head = pass->qkv + row * (pass->query_heads + 2 * pass->kv_heads) * dim;
     int64_t slot = pass->new_slots[row] * pass->kv_heads * dim;
     for (int64_t h = 0; h < pass->query_heads; h++, head += dim) {
-        if (layer->query_weight) norm_row(head, 0, layer->query_weight, head, dim, layer->query_eps);
+        if (layer->query_weight) norm_row(head, layer->query_weight, head, dim, layer->query_eps);
         turn(head, head, cosine, sine, dim / 2);
     }
     for (int64_t h = 0; h < pass->kv_heads; h++, head += dim) {
-        if (layer->key_weight) norm_row(head, 0, layer->key_weight, head, dim, layer->key_eps);
+        if (layer->key_weight) norm_row(head, layer->key_weight, head, dim, layer->key_eps);
         turn(head, layer->keys + slot + h * dim, cosine, sine, dim / 2);
     }
     memcpy(layer->values + slot, head, sizeof(float) * pass->kv_heads * dim);
@@ -245,7 +344,7 @@ INLINE void unit_of(const Pass *pass, const Layer *layer, int64_t unit, int64_t 
         int count = entries * group - done < 3 ? (int)(entries * group - done) : 3;
         for (int q = 0; q < count; q++) {
             int64_t entry = (done + q) / group, query = head * group + (done + q) % group;
-            queries[q] = layer->qkv + (pass->entry_row[first + entry] * width + query) * dim;
+            queries[q] = pass->qkv + (pass->entry_row[first + entry] * width + query) * dim;
             out[q] = pass->partial + ((pass->unit_partial[unit] + entry) * pass->query_heads + query) * (dim + 2);
             seen[q] = pass->entry_seen[first + entry] - pass->unit_offset[unit];
         }
@@ -259,9 +358,9 @@ INLINE void unit_of(const Pass *pass, const Layer *layer, int64_t unit, int64_t 
 }
 
 /* One softmax over all keys of a row's head, from its partial results. */
-INLINE void merge(const Pass *pass, const Layer *layer, int64_t row, int64_t head, int dim) {
+INLINE void merge(const Pass *pass, int64_t row, int64_t head, int dim) {
     const int64_t *part = pass->parts + pass->row_part[row], *end = pass->parts + pass->row_part[row + 1];
-    float *out = layer->out + (row * pass->query_heads + head) * dim, top = NEVER, total = 0.0f;
+    float *out = pass->attended + (row * pass->query_heads + head) * dim, top = NEVER, total = 0.0f;
     for (const int64_t *p = part; p < end; p++) {
         float one = pass->partial[(*p * pass->query_heads + head) * (dim + 2) + dim];
         top = one > top ? one : top;
@@ -277,28 +376,39 @@ INLINE void merge(const Pass *pass, const Layer *layer, int64_t row, int64_t hea
     for (int d = 0; d < dim; d += LANES) *(vec *)(out + d) /= all(total);
 }
 
+/* Norms and rotation of queries and keys, keys and values into the pool, attention; dim is a multiple of 16. */
 INLINE void attend(const Pass *pass, const Layer *layer, int dim) {
-#pragma omp parallel
-    {
 #pragma omp for
-        for (int64_t row = 0; row < pass->rows; row++) place_row(pass, layer, row);
+    for (int64_t row = 0; row < pass->rows; row++) place_row(pass, layer, row);
 #pragma omp for schedule(dynamic)
-        for (int64_t work = 0; work < pass->units * pass->kv_heads; work++)
-            unit_of(pass, layer, work / pass->kv_heads, work % pass->kv_heads, dim);
+    for (int64_t work = 0; work < pass->units * pass->kv_heads; work++)
+        unit_of(pass, layer, work / pass->kv_heads, work % pass->kv_heads, dim);
 #pragma omp for
-        for (int64_t work = 0; work < pass->rows * pass->query_heads; work++)
-            merge(pass, layer, work / pass->query_heads, work % pass->query_heads, dim);
-    }
+    for (int64_t work = 0; work < pass->rows * pass->query_heads; work++)
+        merge(pass, work / pass->query_heads, work % pass->query_heads, dim);
 }
 
-/* Norms and rotation of queries and keys, keys and values into the pool, attention; dim is a multiple of 16. */
-void rksc_attend(const Pass *pass, const Layer *layer) {
-    if (pass->dim == 64)
-        attend(pass, layer, 64);
-    else if (pass->dim == 128)
-        attend(pass, layer, 128);
-    else
-        attend(pass, layer, (int)pass->dim);
+/* Adds to hidden [rows, hidden size] what `count` layers give. Memory for results on the way: normed
+ * [rows, hidden size], gate_up [rows, 2 * half], gated [rows, half]. */
+void rksc_layers(const Pass *pass, const Layer *layers, int64_t count, float *hidden, float *normed, float *gate_up,
+                 float *gated) {
+#pragma omp parallel
+    for (const Layer *layer = layers; layer < layers + count; layer++) {
+        int64_t rows = pass->rows, width = layer->qkv.in;
+        norms(hidden, layer->before_attention, layer->attention_eps, normed, rows, width);
+        through(&layer->qkv, normed, pass->qkv, rows, 0);
+        if (pass->dim == 64)
+            attend(pass, layer, 64);
+        else if (pass->dim == 128)
+            attend(pass, layer, 128);
+        else
+            attend(pass, layer, (int)pass->dim);
+        through(&layer->output, pass->attended, hidden, rows, 1);
+        norms(hidden, layer->before_mlp, layer->mlp_eps, normed, rows, width);
+        through(&layer->gate_up, normed, gate_up, rows, 0);
+        silu_mul(gate_up, gated, rows, layer->down.in);
+        through(&layer->down, gated, hidden, rows, 1);
+    }
 }
 
 /* Keys of a unit of work: what a plan must be made for. */

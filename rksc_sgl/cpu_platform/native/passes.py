@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rksc_sgl.cpu_platform.attention.plan import MIN_SHARED
 from rksc_sgl.cpu_platform.attention.prefix_tree import Forest, Leaf, shared_prefix_forest
 from rksc_sgl.cpu_platform.attention.sequences import QuerySequence
+from rksc_sgl.cpu_platform.native.linear import LinearStruct
 
 _Array: TypeAlias = "NDArray[np.int64]"
 
@@ -26,6 +27,7 @@ class PassStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("slots", "unit_slot", "unit_keys", "unit_offset", "unit_segment")),
         *((name, ctypes.c_void_p) for name in ("unit_partial", "segment_entry", "entry_row", "entry_seen")),
         *((name, ctypes.c_void_p) for name in ("row_part", "parts", "partial", "cosines", "sines", "new_slots")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "attended")),
     )
 
 
@@ -33,9 +35,10 @@ class LayerStruct(ctypes.Structure):
     """``Layer`` of ``layers.c``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "keys", "values", "query_weight", "key_weight")),
-        *((name, ctypes.c_float) for name in ("query_eps", "key_eps", "scale")),
-        ("out", ctypes.c_void_p),
+        *((name, LinearStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "before_attention", "before_mlp")),
+        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight")),
+        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps", "query_eps", "key_eps", "scale")),
     )
 
 
@@ -62,11 +65,14 @@ class NativePass:
     Attributes:
         struct: for :func:`ctypes.byref`.
         partial: memory for partial results, for a next pass.
+        qkv, attended: memory for a layer's own, ``[rows, heads, dim]``.
         held: what else it points to.
     """
 
     struct: PassStruct
     partial: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
     held: tuple[object, ...]
 
 
@@ -112,6 +118,7 @@ def native_pass(
     needed = partials * query_heads * (dim + 2)
     if partial is None or partial.numel() < needed:
         partial = torch.empty(needed)
+    qkv, attended = torch.empty(rows, query_heads + 2 * kv_heads, dim), torch.empty(rows, query_heads, dim)
     arrays = (
         *(_joined(slots), *columns, np.array(entries, dtype=np.int64), rows_of_entries, _joined(entry_seen)),
         *(row_part, parts),
@@ -119,9 +126,9 @@ def native_pass(
     struct = PassStruct(
         *(rows, query_heads, kv_heads, dim, len(units)),
         *(array.ctypes.data for array in arrays),
-        *(tensor.data_ptr() for tensor in (partial, *turns, new_slots)),
+        *(tensor.data_ptr() for tensor in (partial, *turns, new_slots, qkv, attended)),
     )
-    return NativePass(struct, partial, (arrays, turns, new_slots))
+    return NativePass(struct, partial, qkv, attended, (arrays, turns, new_slots))
 
 
 def _segments(forest: Forest, sequences: Sequence[QuerySequence]) -> Iterator[_Segment]:
