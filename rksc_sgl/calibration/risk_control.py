@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from scipy import stats
+from scipy import special  # scipy.stats has these too, and takes a second to import in every process of a server
 
 from rksc_sgl.errors import OptionError
 
@@ -36,7 +36,7 @@ def hoeffding_bentkus_p(mean_risk: float, n: int, delta: float) -> float:
     if not 0.0 <= mean_risk <= 1.0:
         raise OptionError(f"mean_risk: must be between 0 and 1, got {mean_risk!r}")
     hoeffding = math.exp(-n * _relative_entropy(min(mean_risk, delta), delta))
-    bentkus = math.e * float(stats.binom.cdf(math.ceil(n * mean_risk - _ROUNDING), n, delta))
+    bentkus = math.e * float(special.bdtr(math.ceil(n * mean_risk - _ROUNDING), n, delta))
     return min(1.0, hoeffding, bentkus)
 
 
@@ -48,7 +48,7 @@ def clopper_pearson_p(errors: int, n: int, delta: float) -> float:
     """
     _check_errors(errors, n)
     check_share("delta", delta)
-    return float(stats.binom.cdf(errors, n, delta))
+    return float(special.bdtr(errors, n, delta))
 
 
 def clopper_pearson_upper(errors: int, n: int, confidence: float = 0.95) -> float:
@@ -59,7 +59,7 @@ def clopper_pearson_upper(errors: int, n: int, confidence: float = 0.95) -> floa
     """
     _check_errors(errors, n)
     check_share("confidence", confidence)
-    return 1.0 if errors == n else float(stats.beta.ppf(confidence, errors + 1, n - errors))
+    return 1.0 if errors == n else float(special.betaincinv(errors + 1, n - errors, confidence))
 
 
 def fixed_sequence(p_values: Iterable[float], alpha: float) -> int:

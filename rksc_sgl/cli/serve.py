@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from rksc_sgl.exit_settings import (
     Settings,
 )
 from rksc_sgl.model_fetch import is_embedded, resolve_model
-from rksc_sgl.server_process import STOP_GRACE_S, ServerProcess, argument, port_is_free
+from rksc_sgl.server_process import HEALTH_VARIABLE, STOP_GRACE_S, ServerProcess, argument, port_is_free
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 DEFAULT_HOST = "127.0.0.1"
@@ -73,6 +74,8 @@ def run(args: list[str]) -> int:
     port = _port(argument(args, "--port"))
     if not port_is_free(port, host):
         raise RkscError(f"port {port} on {host} is taken; end what listens there or choose another with --port")
+    # Whoever watches a server of ours asks /health and wants to know whether it still generates.
+    variables.setdefault(HEALTH_VARIABLE, os.environ.get(HEALTH_VARIABLE, "1"))
     server = ServerProcess(server_arguments(args), host=host, port=port, variables=variables, log=sys.stderr)
 
     grace = STOP_GRACE_S

@@ -31,10 +31,16 @@ end_with_parent(os.getppid())
 
 import sglang.srt.managers.detokenizer_manager  # noqa: E402
 import sglang.srt.managers.scheduler  # noqa: E402
-import sglang.srt.models.registry  # noqa: E402, F401
+from sglang.srt.plugins import load_plugins  # noqa: E402
 from sglang.srt.utils import set_ulimit  # noqa: E402
 
+import rksc_sgl.cpu_platform.lean_layers  # noqa: E402, F401
+
 set_ulimit()
+# Applying a hook looks through all modules, some seconds for all of ours: here while the main process imports.
+load_plugins()
+import sglang.srt.models.registry  # noqa: E402, F401
+
 # What is here stays: the collector need not look at it again, and forked workers share its pages.
 gc.collect()
 gc.freeze()

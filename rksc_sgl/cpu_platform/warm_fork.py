@@ -36,6 +36,10 @@ class _WarmProcess(multiprocessing.context.ForkServerProcess):
         process_obj.environment = dict(os.environ)
         return multiprocessing.context.ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
 
+    def run(self) -> None:
+        adopt_environment()
+        super().run()
+
 
 class _WarmContext(multiprocessing.context.ForkServerContext):
     # A worker is told the name of its parent's method and knows only Python's own.

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Entry point: arm the attention backend, the radix backend and every hook."""
-    from rksc_sgl.cpu_platform import attention, warm_fork, without_triton
+    from rksc_sgl.cpu_platform import attention, without_triton
     from rksc_sgl.sglang_plugin import hooks, radix_backend
 
-    warm_fork.adopt_environment()
     attention.arm()
     without_triton.arm()
     radix_backend.arm()
