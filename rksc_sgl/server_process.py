@@ -243,7 +243,7 @@ def serve_here(args: list[str]) -> None:
     """SGLang's own server, with plugins loaded, in this process."""
     from rksc_sgl.cpu_platform import warm_fork
 
-    warm_fork.start()
+    warm_fork.allow()
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

@@ -1,76 +1,71 @@
-"""A faster start on a CPU: SGLang's worker processes are forked from one that has imported SGLang already.
+"""A faster start on a CPU: SGLang's worker processes are forked from its main process, which has imported everything.
 
 SGLang spawns its scheduler and detokenizer as new interpreters after its main process has imported everything, and
-each imports everything again: on two cores that is more than half of the time to the first token. Here Python's
-fork server starts *with* the main process and imports on the second core while the first does the same; when
-SGLang asks for workers, they are forked from it in an instant. The environment variables that SGLang has set by
-then travel with each worker.
+each imports everything again: on two cores that is half of the time to the first token. When it does, there is no
+thread of Python's yet and nothing was computed, so that a fork is safe. The tokenizer, which three processes load
+four times, is loaded once before the fork.
 
 Not used where an accelerator is present (a process that is to use CUDA should not be a fork), nor for a server
-that was not started by ``rksc serve`` or our programs.
+that was not started by ``rksc serve`` or our programs (an engine in somebody's process, which may have threads).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
-import multiprocessing.context
-import multiprocessing.forkserver
-import os
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from rksc_sgl import cpu_platform
 
 logger = logging.getLogger(__name__)
 
-PRELOAD = "rksc_sgl.cpu_platform.preload"
-START_METHOD = "rksc_warm_fork"
-
-_started = False
+_allowed = False
+_tokenizers: dict[str, Any] = {}  # by what they were asked for with
 
 
-class _WarmProcess(multiprocessing.context.ForkServerProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        process_obj.environment = dict(os.environ)
-        return multiprocessing.context.ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
-
-    def run(self) -> None:
-        adopt_environment()
-        super().run()
+def allow() -> None:
+    """This process is SGLang's main process and nothing else."""
+    global _allowed
+    _allowed = sys.platform == "linux"
 
 
-class _WarmContext(multiprocessing.context.ForkServerContext):
-    # A worker is told the name of its parent's method and knows only Python's own.
-    _name = "forkserver"
-    Process = _WarmProcess  # type: ignore[assignment]
-
-
-def start() -> None:
-    """Start the fork server and let it import SGLang; returns at once. Linux only."""
-    global _started
-    if sys.platform != "linux":
-        return
-    multiprocessing.set_forkserver_preload([PRELOAD])
-    multiprocessing.forkserver.ensure_running()
-    _started = True
-
-
-def use_for_workers(result: Any, *args: Any, **kwargs: Any) -> None:
+def use_for_workers(result: Any, server_args: Any) -> None:
     """AFTER hook on SGLang's choice of how to start workers."""
-    if not _started or not cpu_platform.in_use():
+    if not _allowed or not cpu_platform.in_use():
         return
-    multiprocessing.context._concrete_contexts[START_METHOD] = _WarmContext()  # type: ignore[attr-defined]
-    multiprocessing.set_start_method(START_METHOD, force=True)
-    logger.info("workers are forked from a process that has imported SGLang")
+    if threading.active_count() > 1:
+        logger.warning("workers are started anew, which takes longer: the main process has threads already")
+        return
+    if not server_args.skip_tokenizer_init:
+        _load_tokenizer(server_args)
+    gc.freeze()  # what is here stays: the collector need not look at it again, and workers share its pages
+    multiprocessing.set_start_method("fork", force=True)
+    logger.info("workers are forked from the main process")
 
 
-def adopt_environment() -> None:
-    """In a forked worker: take over the environment of the process that asked for it."""
-    environment = getattr(multiprocessing.current_process(), "environment", None)
-    if environment is None:
-        return
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    os.environ.update(environment)
+def tokenizer_once(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook on ``get_tokenizer``: what was loaded before the fork is not loaded again."""
+    known = _tokenizers.get(_key(args, kwargs))
+    return original(*args, **kwargs) if known is None else known
+
+
+def _load_tokenizer(server_args: Any) -> None:
+    from sglang.srt.utils.hf_transformers import tokenizer
+
+    names = ("tokenizer_mode", "trust_remote_code", "revision", "tokenizer_backend")
+    asked = (
+        (server_args.tokenizer_path or server_args.model_path,),
+        {name: getattr(server_args, name) for name in names},
+    )
+    try:
+        _tokenizers[_key(*asked)] = tokenizer.get_tokenizer(*asked[0], **asked[1])
+    except Exception as error:  # those who need it will say what is wrong, or ask for it in another way
+        logger.info("the tokenizer is loaded by each process for itself: %s", error)
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return repr((args, sorted(kwargs.items())))

@@ -54,6 +54,7 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _ENGINE = "sglang.srt.entrypoints.engine"
+_TOKENIZERS = "sglang.srt.utils.hf_transformers.tokenizer"
 _WORKER = "sglang.srt.managers.tp_worker"
 _RUNNER = "sglang.srt.model_executor.model_runner"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
@@ -129,7 +130,19 @@ HOOKS: tuple[Hook, ...] = (
         function=warm_fork.use_for_workers,
         parameters=("server_args",),
         process="http",
-        why="on the CPU platform workers are forked from a process that has imported SGLang",
+        why="on the CPU platform workers are forked from the main process, which has imported SGLang",
+    ),
+    Hook(
+        target=f"{_TOKENIZERS}.get_tokenizer",
+        module=_TOKENIZERS,
+        kind="around",
+        function=warm_fork.tokenizer_once,
+        parameters=(
+            *("tokenizer_name", "args", "tokenizer_mode", "trust_remote_code"),
+            *("tokenizer_revision", "tokenizer_backend", "kwargs"),
+        ),
+        process="http",
+        why="forked workers do not load the tokenizer again",
     ),
     Hook(
         target=f"{_ALLOCATION}.get_last_loc",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
-import os
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,18 +33,42 @@ def test_the_platform_answers_only_without_an_accelerator_or_when_named(
     assert activate() == expected
 
 
-def test_a_worker_takes_over_the_environment_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RKSC_TEST_OLD", "1")
-    sent = {**os.environ, "RKSC_TEST_NEW": "2"}
-    del sent["RKSC_TEST_OLD"]
-    monkeypatch.setattr(multiprocessing.current_process(), "environment", sent, raising=False)
-    before = dict(os.environ)
-    try:
-        warm_fork.adopt_environment()
-        assert dict(os.environ) == sent
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+@pytest.mark.parametrize(("allowed", "threads", "forked"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_workers_are_forked_only_from_a_main_process_of_our_own_without_threads(
+    monkeypatch: pytest.MonkeyPatch, allowed: bool, threads: int, forked: bool
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(warm_fork, "_allowed", allowed)
+    monkeypatch.setattr(cpu_platform, "in_use", lambda: True)
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda name, force: chosen.append(name))
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    warm_fork.use_for_workers(None, SimpleNamespace(skip_tokenizer_init=True))
+    assert chosen == (["fork"] if forked else [])
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_was_loaded_before_the_fork_is_not_loaded_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.utils.hf_transformers import tokenizer
+
+    def load(name: str, **kwargs: object) -> object:
+        if name == "broken":
+            raise OSError("no such tokenizer")
+        return object()
+
+    monkeypatch.setattr(warm_fork, "_tokenizers", {})
+    monkeypatch.setattr(tokenizer, "get_tokenizer", load)
+    how = {"tokenizer_mode": "auto", "trust_remote_code": False, "revision": None, "tokenizer_backend": "huggingface"}
+    warm_fork._load_tokenizer(SimpleNamespace(tokenizer_path="model", **how))
+    (loaded,) = warm_fork._tokenizers.values()
+    assert warm_fork.tokenizer_once(load, "model", **how) is loaded
+    assert warm_fork.tokenizer_once(load, "other", **how) is not loaded
+    assert warm_fork.tokenizer_once(load, "model", **(how | {"tokenizer_mode": "slow"})) is not loaded
+    with caplog.at_level("INFO"):
+        warm_fork._load_tokenizer(SimpleNamespace(tokenizer_path="broken", **how))
+    assert len(warm_fork._tokenizers) == 1 and "no such tokenizer" in caplog.text
 
 
 @pytest.mark.slow
