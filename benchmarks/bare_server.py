@@ -13,7 +13,7 @@ from rksc_sgl.parent_death import end_with_parent
 from rksc_sgl.server_process import serve_here
 from rksc_sgl.sglang_plugin import hooks
 
-_OF_THE_PLATFORM = (warm_fork.use_for_workers, without_triton.last_slots)
+_OF_THE_PLATFORM = (warm_fork.use_for_workers, warm_fork.tokenizer_once, without_triton.last_slots)
 
 hooks.HOOKS = tuple(hook for hook in hooks.HOOKS if hook.function in _OF_THE_PLATFORM)
 

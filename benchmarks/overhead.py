@@ -2,9 +2,11 @@
 
 Two servers side by side with the same model, platform and attention; one has our radix backend and all hooks, the
 other SGLang's default tree and none of our hooks (``benchmarks.bare_server``). Only one works at a time; which one
-begins alternates. Caches are flushed before every repeat. Generated tokens and ``cached_tokens`` of every request are
-compared. The ratio is the median over the pairs of repeats; the noise is the baseline's slowest repeat over its
-fastest.
+begins alternates. Caches are flushed before every repeat. The ratio is the median over many short pairs of repeats,
+with a 95 % confidence interval by bootstrap; the noise is the baseline against itself: the median ratio of one of its
+repeats to the next, and its interval. Generated tokens and ``cached_tokens`` of every request are compared, and so are
+the baseline's with its own for the same prompts: which requests meet in a batch is a matter of timing, and with it the
+last bits of their numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
+from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from rksc_sgl.cli.serve import server_arguments
@@ -64,29 +67,47 @@ def run(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int) -
     return time.perf_counter() - began, outcomes
 
 
-def summary(seconds: dict[str, list[float]], equal: int, requests: int) -> dict[str, Any]:
-    """The last line."""
-    pairs = [bare / ours for bare, ours in zip(seconds["bare"], seconds["rksc"], strict=True)]
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """The median of ratios of pairs, and its 95 % confidence interval."""
+    ratios = np.asarray(above) / np.asarray(below)
+    found = bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return round(float(np.median(ratios)), 4), round(float(found.low), 4), round(float(found.high), 4)
+
+
+def summary(seconds: dict[str, list[float]], equal: dict[str, int], requests: dict[str, int]) -> dict[str, Any]:
+    """The last line.
+
+    Args:
+        seconds: of each repeat of both servers, in the same order.
+        equal, requests: outcomes that were equal, and that were compared: ours with the baseline's ("rksc"), and the
+            baseline's with its own ("bare").
+    """
+    ratio, low, high = median_ratio(seconds["bare"], seconds["rksc"])
+    noise, noise_low, noise_high = median_ratio(seconds["bare"][::2], seconds["bare"][1::2])
     return {
-        "throughput_ratio": round(statistics.median(pairs), 4),
-        "ratio_lowest": round(min(pairs), 4),
-        "ratio_highest": round(max(pairs), 4),
-        "noise": round(max(seconds["bare"]) / min(seconds["bare"]), 4),
-        "requests": requests,
-        "equal": equal,
+        "throughput_ratio": ratio,
+        "ratio_interval": [low, high],
+        "noise_ratio": noise,
+        "noise_interval": [noise_low, noise_high],
+        "requests": requests["rksc"],
+        "equal": equal["rksc"],
+        "bare_requests": requests["bare"],
+        "bare_equal": equal["bare"],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=8, help="of one repeat")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=48, help="an even number; every second one has new prompts")
     options = parser.parse_args(arguments)
+    if options.repeats < 4 or options.repeats % 2:
+        parser.error("--repeats: an even number from 4 on")
     seconds: dict[str, list[float]] = {"bare": [], "rksc": []}
-    equal = 0
+    equal, compared = {"rksc": 0, "bare": 0}, {"rksc": 0, "bare": 0}
     with (
         BareServer(["--model-path", resolve_model(options.model)]) as bare,
         ServerProcess(server_arguments(["--model-path", options.model])) as ours,
@@ -96,14 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         urls = {"bare": bare.url, "rksc": ours.url}
         for url in urls.values():
             run(url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
+        before: list[Outcome] = []
         for repeat in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
-            prompts = prompts_of(repeat, options.requests)
+            prompts = prompts_of(repeat // 2, options.requests)
             found: dict[str, list[Outcome]] = {}
             for name in sorted(urls, reverse=bool(repeat % 2)):
                 taken, found[name] = run(urls[name], prompts, options.max_tokens, options.concurrency)
                 seconds[name].append(taken)
-            equal += sum(one == other for one, other in zip(found["bare"], found["rksc"], strict=True))
-    print(json.dumps(summary(seconds, equal, options.requests * options.repeats)))
+            others = {"rksc": found["rksc"], **({"bare": before} if repeat % 2 else {})}
+            for name, other in others.items():
+                equal[name] += sum(one == two for one, two in zip(found["bare"], other, strict=True))
+                compared[name] += len(other)
+            before = found["bare"]
+    print(json.dumps(summary(seconds, equal, compared)), flush=True)
     return 0
 
 

@@ -114,9 +114,11 @@ def test_answers_part_at_their_first_other_token() -> None:
 
 
 def test_overhead_is_the_median_over_pairs() -> None:
-    seconds = {"bare": [1.0, 1.0, 1.2], "rksc": [1.0, 1.25, 1.2]}
-    result = overhead.summary(seconds, 5, 6)
-    assert (result["throughput_ratio"], result["ratio_lowest"], result["noise"]) == (1.0, 0.8, 1.2)
+    seconds = {"bare": [1.0, 1.0, 1.2, 1.0], "rksc": [1.0, 1.25, 1.2, 1.0]}
+    result = overhead.summary(seconds, {"rksc": 5, "bare": 3}, {"rksc": 6, "bare": 3})
+    assert (result["throughput_ratio"], result["noise_ratio"]) == (1.0, 1.1)
+    assert result["ratio_interval"] == [0.8, 1.0] and result["noise_interval"] == [1.0, 1.2]
+    assert (result["equal"], result["requests"], result["bare_equal"], result["bare_requests"]) == (5, 6, 3, 3)
     prompts = overhead.prompts_of(0, 6)
     assert prompts[1][: overhead.PREFIX] == prompts[3][: overhead.PREFIX] != prompts[2][: overhead.OWN]
 
