@@ -6,12 +6,17 @@ begins alternates. Caches are flushed before every repeat. The ratio is the medi
 with a 95 % confidence interval by bootstrap; the noise is the baseline against itself: the median ratio of one of its
 repeats to the next, and its interval. Generated tokens and ``cached_tokens`` of every request are compared, and so are
 the baseline's with its own for the same prompts: which requests meet in a batch is a matter of timing, and with it the
-last bits of their numbers.
+last bits of their numbers. Both servers are started anew for every ``--starts``, in an order that alternates.
+
+Where the machine's noise hides a difference of a percent, a clock in the scheduler does not: at the end a third server
+does the same work with a stopwatch around every hook (``benchmarks.timed_server``); ``hook_share`` is what the hooks
+themselves took of the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -41,6 +47,13 @@ class BareServer(ServerProcess):
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "benchmarks.bare_server", str(os.getpid()), *self.args]
+
+
+class TimedServer(ServerProcess):
+    """Ours with stopwatches."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.timed_server", str(os.getpid()), *self.args]
 
 
 def prompts_of(seed: int, count: int) -> list[list[int]]:
@@ -67,6 +80,66 @@ def run(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int) -
     return time.perf_counter() - began, outcomes
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the repeats gave.
+
+    Attributes:
+        seconds: of each repeat of both servers, in the same order.
+        equal, compared: outcomes that were equal, and that were compared: ours with the baseline's ("rksc"), and the
+            baseline's with its own ("bare").
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"bare": [], "rksc": []})
+    equal: dict[str, int] = field(default_factory=lambda: {"bare": 0, "rksc": 0})
+    compared: dict[str, int] = field(default_factory=lambda: {"bare": 0, "rksc": 0})
+
+
+def compare(options: argparse.Namespace, start: int, measured: Measured, progress: tqdm) -> None:
+    """Start both servers and measure some repeats."""
+    servers: dict[str, ServerProcess] = {
+        "bare": BareServer(["--model-path", resolve_model(options.model)]),
+        "rksc": ServerProcess(server_arguments(["--model-path", options.model])),
+    }
+    with contextlib.ExitStack() as stack:
+        for name in sorted(servers, reverse=bool(start % 2)):
+            stack.enter_context(servers[name])
+        bare = servers["bare"]
+        if bare.get_json("/server_info").get("radix_cache_backend") or any(bare.get_json("/rksc/info")["schedulers"]):
+            raise RkscError("the baseline must run on SGLang's default tree and without our hooks")
+        for server in servers.values():
+            run(server.url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
+        before: list[Outcome] = []
+        for repeat in range(options.repeats):
+            prompts = prompts_of(start * options.repeats + repeat // 2, options.requests)
+            found: dict[str, list[Outcome]] = {}
+            for name in sorted(servers, reverse=bool(repeat % 2)):
+                taken, found[name] = run(servers[name].url, prompts, options.max_tokens, options.concurrency)
+                measured.seconds[name].append(taken)
+            others = {"rksc": found["rksc"], **({"bare": before} if repeat % 2 else {})}
+            for name, other in others.items():
+                measured.equal[name] += sum(one == two for one, two in zip(found["bare"], other, strict=True))
+                measured.compared[name] += len(other)
+            before = found["bare"]
+            progress.update()
+
+
+def hook_share(options: argparse.Namespace) -> tuple[float, str]:
+    """What our hooks themselves take of the scheduler's time, and which of them takes most."""
+    with TimedServer(server_arguments(["--model-path", options.model])) as server:
+
+        def seconds() -> dict[str, float]:
+            return server.get_json("/rksc/info")["schedulers"][0]["hook_seconds"]
+
+        run(server.url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
+        before, total = seconds(), 0.0
+        for repeat in range(4):
+            total += run(server.url, prompts_of(repeat, options.requests), options.max_tokens, options.concurrency)[0]
+        after = seconds()
+    taken = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    return sum(taken.values()) / total, max(taken, key=taken.__getitem__)
+
+
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
     """The median of ratios of pairs, and its 95 % confidence interval."""
     ratios = np.asarray(above) / np.asarray(below)
@@ -74,14 +147,9 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float,
     return round(float(np.median(ratios)), 4), round(float(found.low), 4), round(float(found.high), 4)
 
 
-def summary(seconds: dict[str, list[float]], equal: dict[str, int], requests: dict[str, int]) -> dict[str, Any]:
-    """The last line.
-
-    Args:
-        seconds: of each repeat of both servers, in the same order.
-        equal, requests: outcomes that were equal, and that were compared: ours with the baseline's ("rksc"), and the
-            baseline's with its own ("bare").
-    """
+def summary(measured: Measured) -> dict[str, Any]:
+    """The last line, as far as it is about throughput."""
+    seconds, equal, requests = measured.seconds, measured.equal, measured.compared
     ratio, low, high = median_ratio(seconds["bare"], seconds["rksc"])
     noise, noise_low, noise_high = median_ratio(seconds["bare"][::2], seconds["bare"][1::2])
     return {
@@ -102,34 +170,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=8, help="of one repeat")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=48, help="an even number; every second one has new prompts")
+    parser.add_argument("--repeats", type=int, default=24, help="after a start; an even number")
+    parser.add_argument("--starts", type=int, default=2)
     options = parser.parse_args(arguments)
     if options.repeats < 4 or options.repeats % 2:
         parser.error("--repeats: an even number from 4 on")
-    seconds: dict[str, list[float]] = {"bare": [], "rksc": []}
-    equal, compared = {"rksc": 0, "bare": 0}, {"rksc": 0, "bare": 0}
-    with (
-        BareServer(["--model-path", resolve_model(options.model)]) as bare,
-        ServerProcess(server_arguments(["--model-path", options.model])) as ours,
-    ):
-        if bare.get_json("/server_info").get("radix_cache_backend") or any(bare.get_json("/rksc/info")["schedulers"]):
-            raise RkscError("the baseline must run on SGLang's default tree and without our hooks")
-        urls = {"bare": bare.url, "rksc": ours.url}
-        for url in urls.values():
-            run(url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
-        before: list[Outcome] = []
-        for repeat in tqdm(range(options.repeats), desc="repeats", file=sys.stderr):
-            prompts = prompts_of(repeat // 2, options.requests)
-            found: dict[str, list[Outcome]] = {}
-            for name in sorted(urls, reverse=bool(repeat % 2)):
-                taken, found[name] = run(urls[name], prompts, options.max_tokens, options.concurrency)
-                seconds[name].append(taken)
-            others = {"rksc": found["rksc"], **({"bare": before} if repeat % 2 else {})}
-            for name, other in others.items():
-                equal[name] += sum(one == two for one, two in zip(found["bare"], other, strict=True))
-                compared[name] += len(other)
-            before = found["bare"]
-    print(json.dumps(summary(seconds, equal, compared)), flush=True)
+    if options.starts < 1:
+        parser.error("--starts: a number from 1 on")
+    measured = Measured()
+    with tqdm(total=options.starts * options.repeats, desc="repeats", file=sys.stderr) as progress:
+        for start in range(options.starts):
+            compare(options, start, measured, progress)
+    share, largest = hook_share(options)
+    result = summary(measured) | {"hook_share": round(share, 5), "largest_hook": largest}
+    print(json.dumps(result), flush=True)
     return 0
 
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import divergent_items, divergent_prefix, overhead
+from benchmarks import divergent_items, divergent_prefix, overhead, timed_server
 from benchmarks.divergent_items import CHANGED, FACTS, OPENINGS, Item, branches_of
 from benchmarks.divergent_prefix import AGAIN, MERGE, NONE, STOCK, Answer, Row, compute_fraction, parting
+from rksc_sgl.sglang_plugin.hooks import Hook
 
 TEMPLATE = SimpleNamespace(get_prompt=lambda messages: messages[0]["content"] + "\n")
 REAL, OTHER = 5, 7  # token ids
@@ -115,12 +116,21 @@ def test_answers_part_at_their_first_other_token() -> None:
 
 def test_overhead_is_the_median_over_pairs() -> None:
     seconds = {"bare": [1.0, 1.0, 1.2, 1.0], "rksc": [1.0, 1.25, 1.2, 1.0]}
-    result = overhead.summary(seconds, {"rksc": 5, "bare": 3}, {"rksc": 6, "bare": 3})
+    result = overhead.summary(overhead.Measured(seconds, {"rksc": 5, "bare": 3}, {"rksc": 6, "bare": 3}))
     assert (result["throughput_ratio"], result["noise_ratio"]) == (1.0, 1.1)
     assert result["ratio_interval"] == [0.8, 1.0] and result["noise_interval"] == [1.0, 1.2]
     assert (result["equal"], result["requests"], result["bare_equal"], result["bare_requests"]) == (5, 6, 3, 3)
     prompts = overhead.prompts_of(0, 6)
     assert prompts[1][: overhead.PREFIX] == prompts[3][: overhead.PREFIX] != prompts[2][: overhead.OWN]
+
+
+def test_a_stopwatch_counts_what_is_ours_and_not_what_is_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 3.0, 10.0, 12.0])  # we begin, SGLang's begins and ends, we end
+    monkeypatch.setattr(timed_server.time, "perf_counter", clock.__next__)
+    hook = Hook("some.where", "some", "around", lambda original: original(), (), "scheduler", "a test")
+    assert timed_server.timed(hook).function(lambda: "answer") == "answer"
+    assert timed_server._seconds.pop("where") == 5.0
+    assert timed_server.Stopwatch.running == []
 
 
 def _material(item: Item) -> str:
