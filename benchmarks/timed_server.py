@@ -83,7 +83,10 @@ def with_seconds(result: Any, controller: Any, recv_req: Any) -> Any:
 def _timed(hook: hooks.Hook) -> hooks.Hook:
     if hook.function in _UNTIMED:
         return hook
-    replaced = {report.reporting_streamer_class: timed_streamer_class, report.add_internal_state: with_seconds}
+    replaced: dict[Any, Callable[..., Any]] = {
+        report.reporting_streamer_class: timed_streamer_class,
+        report.add_internal_state: with_seconds,
+    }
     if hook.function in replaced:
         return dataclasses.replace(hook, function=replaced[hook.function])
     return timed(hook)
