@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.overhead import BareServer
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL, fetch
 from rksc_sgl.server_process import ServerProcess
@@ -24,6 +25,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
     """A random two-layer Llama whose prompts are prefilled in chunks of 64."""
     with ServerProcess(server_arguments(["--model-path", str(tiny_model), *TINY])) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bare_tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
+    """The same model on SGLang's default tree and without our hooks."""
+    with BareServer(["--model-path", str(tiny_model), *TINY]) as server:
+        assert not any(server.get_json("/rksc/info")["schedulers"]), "the baseline has our hooks"
         yield server
 
 

@@ -1,7 +1,8 @@
-"""What a decoder layer does between its matrix products, compiled from one file of C when a server first starts.
+"""Decoder layers and linear layers, compiled from one file of C when a server first starts.
 
 A decode step of a small model is some thirty operations a layer on a few thousand numbers each: in PyTorch it takes
-longer to call them than to compute them, and its fused attention is made for more rows than a decode step has.
-``build`` compiles ``layers.c`` with the machine's C compiler, once, into the user's cache; ``passes`` lays
-out the reads of a pass for it. Where there is no compiler, everything runs as PyTorch operations, and the log says so.
+longer to call them than to compute them, its fused attention is made for more rows than a decode step has, and its
+matrix products read weights at half of the memory's speed. ``build`` compiles ``layers.c`` with the machine's C
+compiler, once, into the user's cache; ``linear`` lays out weights for it, ``passes`` the reads of a pass, and ``stack``
+runs layers. Where there is no compiler, everything runs as PyTorch operations, and the log says so.
 """
