@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,14 @@ def ways() -> dict[str, Way]:
     panels = [PanelWeight.of(weight) for weight in weights]
     if None in panels:
         raise RkscError("there is no C compiler here, or RKSC_NATIVE is 0: nothing to compare")
-    onednn = [OneDnnWeight.of(weight) for weight in weights]
+
+    def packed(one: OneDnnWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, one.packed, None, "none", [], "")
+
     return {
-        OURS: [lambda x, one=one: one(x, None) for one in panels],  # type: ignore[misc]
-        ONEDNN: [
-            lambda x, one=one: torch.ops.mkldnn._linear_pointwise(x, one.packed, None, "none", [], "") for one in onednn
-        ],
-        MKL: [lambda x, one=one: F.linear(x, one) for one in weights],
+        OURS: [partial(PanelWeight.__call__, one, bias=None) for one in panels if one is not None],
+        ONEDNN: list(map(packed, map(OneDnnWeight.of, weights))),
+        MKL: [partial(F.linear, weight=weight) for weight in weights],
     }
 
 

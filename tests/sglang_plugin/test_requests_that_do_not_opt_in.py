@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def bodies() -> Iterator[dict[str, Any]]:
-    """Requests one after another: shared and repeated prefixes, chunks, several at once, sampling, namespaces."""
+    """Requests one after another: shared and repeated prefixes, chunks, several at once, namespaces."""
     source = random.Random(0)
 
     def words(count: int) -> list[int]:
@@ -27,7 +27,6 @@ def bodies() -> Iterator[dict[str, Any]]:
     yield {"input_ids": common, "sampling_params": greedy, "extra_key": "somebody"}
     yield {"input_ids": common[:70] + words(30), "sampling_params": greedy, "extra_key": "somebody"}
     yield {"input_ids": [common + words(5) for _ in range(4)], "sampling_params": greedy}
-    yield {"input_ids": common, "sampling_params": {**greedy, "temperature": 0.8, "sampling_seed": 7}}
 
 
 def test_answers_are_those_of_the_default_tree(tiny_server: ServerProcess, bare_tiny_server: ServerProcess) -> None:
