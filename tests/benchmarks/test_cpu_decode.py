@@ -31,6 +31,20 @@ def test_work_is_alternated_and_unequal_tokens_are_found() -> None:
     assert outcome.ratio == 2.5
 
 
+def test_cells_that_take_the_baseline_too_long_are_ours_alone() -> None:
+    assert Cell(32, 4096, True).ours_alone and Cell(32, 1331, False).ours_alone
+    assert not Cell(32, 1331, True).ours_alone and not Cell(8, 1331, False).ours_alone
+    outcome = cpu_decode.compare({OURS: "b"}, lambda server, seed: (1.0 + seed, [[0]]), 2)  # type: ignore[dict-item]
+    assert outcome == Outcome({OURS: 1.5}, noise=2.0, equal=True)
+
+
+def test_growth_is_of_the_longest_shared_prefix_and_the_most_branches() -> None:
+    seconds = {Cell(1, 50, True): 1.0, Cell(8, 50, True): 9.0, Cell(1, 90, True): 2.0, Cell(8, 90, True): 3.0}
+    outcomes = {cell: Outcome({OURS: value}, 1.0, True) for cell, value in seconds.items()}
+    outcomes[Cell(32, 200, False)] = Outcome({OURS: 99.0}, 1.0, True)
+    assert cpu_decode.growth(outcomes) == {"batch": 8, "prefix": 90, "step_ratio": 1.5}
+
+
 @pytest.mark.server
 @pytest.mark.slow
 def test_the_measured_work_is_what_it_says(
