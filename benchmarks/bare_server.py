@@ -1,16 +1,13 @@
 """A server on our CPU platform with SGLang's default tree and without our hooks: the baseline of ``overhead``.
 
-Every worker process imports this module too, so the change is made in each of them. What is left are the hooks that
+Every worker process is forked from this one, so the change is made in each of them. What is left are the hooks that
 the platform itself needs.
 """
 
 from __future__ import annotations
 
-import sys
-
 from rksc_sgl.cpu_platform import warm_fork, without_triton
-from rksc_sgl.parent_death import end_with_parent
-from rksc_sgl.server_process import serve_here
+from rksc_sgl.server_process import main
 from rksc_sgl.sglang_plugin import hooks
 
 _OF_THE_PLATFORM = (warm_fork.use_for_workers, warm_fork.tokenizer_once, without_triton.last_slots)
@@ -18,5 +15,4 @@ _OF_THE_PLATFORM = (warm_fork.use_for_workers, warm_fork.tokenizer_once, without
 hooks.HOOKS = tuple(hook for hook in hooks.HOOKS if hook.function in _OF_THE_PLATFORM)
 
 if __name__ == "__main__":
-    end_with_parent(int(sys.argv[1]))
-    serve_here(sys.argv[2:])
+    main()

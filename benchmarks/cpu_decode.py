@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -41,10 +40,7 @@ BASELINE, OURS = "torch_native", "rksc_cpu"
 STEPS = 32
 HEAVY = 24_000  # sequences x prefix from which on the baseline takes minutes; fewer steps there
 HEAVY_STEPS = 4
-TOO_HEAVY = {
-    True: 50_000,
-    False: HEAVY,
-}  # sequences x prefix, shared or not: the baseline's prefill alone takes too long
+TOO_HEAVY = 50_000  # with a shared prefix, from which on the baseline takes too long; with others it does from HEAVY on
 EXTEND = 8
 FIRST_WORD, LAST_WORD = 1000, 40_000  # ids that are ordinary tokens in the embedded model's vocabulary
 
@@ -58,12 +54,16 @@ class Cell:
     shared: bool
 
     @property
+    def heavy(self) -> bool:
+        return self.batch * self.prefix > HEAVY
+
+    @property
     def ours_alone(self) -> bool:
-        return self.batch * self.prefix > TOO_HEAVY[self.shared]
+        return self.heavy and (not self.shared or self.batch * self.prefix > TOO_HEAVY)
 
     @property
     def steps(self) -> int:
-        return HEAVY_STEPS if self.batch * self.prefix > HEAVY and not self.ours_alone else STEPS
+        return HEAVY_STEPS if self.heavy and not self.ours_alone else STEPS
 
     def prompts(self, seed: int) -> list[list[int]]:
         """Token ids of each sequence; also with a shared prefix each has a last token of its own."""
@@ -99,8 +99,7 @@ class Outcome:
 class StockArithmetic(ServerProcess):
     """A server whose model is computed as SGLang alone computes it."""
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.stock_server", str(os.getpid()), *self.args]
+    module = "benchmarks.stock_server"
 
 
 class Server:
@@ -236,7 +235,7 @@ def main(words: Sequence[str] | None = None) -> int:
         bandwidth = read_bandwidth()
         outcomes: dict[Cell, Outcome] = {}
         for cell in tqdm(cells, unit="cell", file=sys.stderr):
-            repeats = 1 if cell.batch * cell.prefix > HEAVY else arguments.repeats
+            repeats = 1 if cell.heavy else arguments.repeats
             chosen = {OURS: servers[OURS]} if cell.ours_alone and not arguments.all else servers
             outcomes[cell] = compare(chosen, partial(decode_step, cell), repeats)
         cold = compare(servers, lambda server, seed: prefill(server, 1331, seed), arguments.repeats)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.cpu_decode import read_bandwidth
 from rksc_sgl.cpu_platform.native.linear import PanelWeight
-from rksc_sgl.cpu_platform.packed_linear import OneDnnWeight
+from rksc_sgl.cpu_platform.packed_linear import ONEDNN_ROWS, OneDnnWeight
 from rksc_sgl.errors import RkscError
 
 LAYERS = 30
@@ -39,13 +39,9 @@ def ways() -> dict[str, Way]:
     panels = [PanelWeight.of(weight) for weight in weights]
     if None in panels:
         raise RkscError("there is no C compiler here, or RKSC_NATIVE is 0: nothing to compare")
-
-    def packed(one: OneDnnWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, one.packed, None, "none", [], "")
-
     return {
-        OURS: [partial(PanelWeight.__call__, one, bias=None) for one in panels if one is not None],
-        ONEDNN: list(map(packed, map(OneDnnWeight.of, weights))),
+        OURS: [partial(one, bias=None) for one in panels if one is not None],
+        ONEDNN: [partial(OneDnnWeight.of(weight), bias=None) for weight in weights],
         MKL: [partial(F.linear, weight=weight) for weight in weights],
     }
 
@@ -64,6 +60,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args(words)
+    if not 0 < min(arguments.rows) <= max(arguments.rows) <= ONEDNN_ROWS:
+        parser.error(f"--rows: numbers from 1 to {ONEDNN_ROWS}, beyond which oneDNN is not used")
     found: dict[int, dict[str, list[float]]] = {}
     with torch.inference_mode():
         compared = ways()

@@ -10,7 +10,7 @@ last bits of their numbers. Both servers are started anew for every ``--starts``
 
 Where the machine's noise hides a difference of a percent, a clock in the scheduler does not: at the end a third server
 does the same work with a stopwatch around every hook (``benchmarks.timed_server``); ``hook_share`` is what the hooks
-themselves took of the time.
+in the scheduler themselves took of the time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import sys
 import time
@@ -45,15 +44,13 @@ Outcome = tuple[list[int], int]
 class BareServer(ServerProcess):
     """A server without our hooks."""
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.bare_server", str(os.getpid()), *self.args]
+    module = "benchmarks.bare_server"
 
 
 class TimedServer(ServerProcess):
     """Ours with stopwatches."""
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.timed_server", str(os.getpid()), *self.args]
+    module = "benchmarks.timed_server"
 
 
 def prompts_of(seed: int, count: int) -> list[list[int]]:

@@ -7,18 +7,14 @@ totals among what the scheduler reports, as ``hook_seconds``.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from rksc_sgl.cpu_platform import warm_fork
 from rksc_sgl.options import KEY
-from rksc_sgl.parent_death import end_with_parent
-from rksc_sgl.server_process import serve_here
+from rksc_sgl.server_process import main
 from rksc_sgl.sglang_plugin import hooks, report
 
-_UNTIMED = (warm_fork.use_for_workers, warm_fork.tokenizer_once)  # only at the start
 _seconds: dict[str, float] = {}
 
 
@@ -81,8 +77,6 @@ def with_seconds(result: Any, controller: Any, recv_req: Any) -> Any:
 
 
 def _timed(hook: hooks.Hook) -> hooks.Hook:
-    if hook.function in _UNTIMED:
-        return hook
     replaced: dict[Any, Callable[..., Any]] = {
         report.reporting_streamer_class: timed_streamer_class,
         report.add_internal_state: with_seconds,
@@ -94,5 +88,4 @@ def _timed(hook: hooks.Hook) -> hooks.Hook:
 
 if __name__ == "__main__":
     hooks.HOOKS = tuple(map(_timed, hooks.HOOKS))
-    end_with_parent(int(sys.argv[1]))
-    serve_here(sys.argv[2:])
+    main()

@@ -52,6 +52,8 @@ class ServerProcess:
         url: base URL of the server.
     """
 
+    module = "rksc_sgl.server_process"  # run as a program; another one ends with :func:`main`
+
     def __init__(
         self,
         args: Sequence[str],
@@ -111,7 +113,7 @@ class ServerProcess:
 
     def command(self) -> list[str]:
         """What is run."""
-        return [sys.executable, "-m", "rksc_sgl.server_process", str(os.getpid()), *self.args]
+        return [sys.executable, "-m", self.module, str(os.getpid()), *self.args]
 
     def environment(self) -> dict[str, str]:
         """What it is run in."""
@@ -257,6 +259,11 @@ def serve_here(args: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """``python -m MODULE PARENT [SGLang's arguments]``: serve, and end when the parent does."""
     end_with_parent(int(sys.argv[1]))
     serve_here(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.overhead import BareServer
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL, fetch
 from rksc_sgl.server_process import ServerProcess
@@ -31,6 +30,8 @@ def tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def bare_tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
     """The same model on SGLang's default tree and without our hooks."""
+    from benchmarks.overhead import BareServer
+
     with BareServer(["--model-path", str(tiny_model), *TINY]) as server:
         assert not any(server.get_json("/rksc/info")["schedulers"]), "the baseline has our hooks"
         yield server

@@ -56,13 +56,11 @@ def tokenizer_once(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def _load_tokenizer(server_args: Any) -> None:
     from sglang.srt.utils.hf_transformers import tokenizer
 
+    path = server_args.tokenizer_path or server_args.model_path
     names = ("tokenizer_mode", "trust_remote_code", "revision", "tokenizer_backend")
-    asked = (
-        (server_args.tokenizer_path or server_args.model_path,),
-        {name: getattr(server_args, name) for name in names},
-    )
+    how = {name: getattr(server_args, name) for name in names}
     try:
-        _tokenizers[_key(*asked)] = tokenizer.get_tokenizer(*asked[0], **asked[1])
+        _tokenizers[_key((path,), how)] = tokenizer.get_tokenizer(path, **how)
     except Exception as error:  # those who need it will say what is wrong, or ask for it in another way
         logger.info("the tokenizer is loaded by each process for itself: %s", error)
 

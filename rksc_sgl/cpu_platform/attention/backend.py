@@ -50,7 +50,7 @@ class BatchPlans:
 
     batch: weakref.ref
     plans: dict[_PlanKey, AttentionPlan] = field(default_factory=dict)
-    reads: dict[int, Any] = field(default_factory=dict)
+    reads: dict[Any, Any] = field(default_factory=dict)
 
     def serves(self, forward_batch: Any) -> bool:
         return self.batch() is forward_batch

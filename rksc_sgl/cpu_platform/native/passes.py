@@ -65,14 +65,11 @@ class NativePass:
     Attributes:
         struct: for :func:`ctypes.byref`.
         partial: memory for partial results, for a next pass.
-        qkv, attended: memory for a layer's own, ``[rows, heads, dim]``.
         held: what else it points to.
     """
 
     struct: PassStruct
     partial: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
     held: tuple[object, ...]
 
 
@@ -128,7 +125,7 @@ def native_pass(
         *(array.ctypes.data for array in arrays),
         *(tensor.data_ptr() for tensor in (partial, *turns, new_slots, qkv, attended)),
     )
-    return NativePass(struct, partial, qkv, attended, (arrays, turns, new_slots))
+    return NativePass(struct, partial, (arrays, turns, new_slots, qkv, attended))
 
 
 def _segments(forest: Forest, sequences: Sequence[QuerySequence]) -> Iterator[_Segment]:

@@ -71,11 +71,11 @@ class NativeStack:
     def _reads(self, positions: torch.Tensor, backend: Any, batch: Any) -> NativePass:
         """The pass, laid out when its first layers are computed."""
         known = backend.plans_of(batch).reads
-        if id(self) not in known:
+        if self not in known:
             sequences = backend.sequences(batch)
             rows = sum(sequence.tokens for sequence in sequences)
             cosines, sines = self.rotary.cos_sin_cache.index_select(0, positions[:rows]).chunk(2, dim=-1)
-            known[id(self)] = native_pass(
+            known[self] = native_pass(
                 sequences,
                 self.heads,
                 (cosines.contiguous(), sines.contiguous()),
@@ -83,8 +83,8 @@ class NativeStack:
                 self.unit_keys,
                 self._partial,
             )
-            self._partial = known[id(self)].partial
-        return known[id(self)]
+            self._partial = known[self].partial
+        return known[self]
 
 
 def _struct(layer: Any, pool: Any) -> LayerStruct:
