@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+BEFORE_NUMBER, AFTER_NUMBER = 1, 2  # tokens beside a number that are computed with it
 LEAD = 4  # tokens after another predecessor than the donor's that are always computed
 GAP = 4  # tokens between two runs that cost less to compute than a run of their own
 
@@ -30,24 +31,44 @@ def after_breaks(source: torch.Tensor) -> torch.Tensor:
     return result & (source >= 0)
 
 
+def around_numbers(number: torch.Tensor) -> torch.Tensor:
+    """Numbers, and the tokens beside them.
+
+    Few tokens carry what cannot be guessed from the rest, and numbers are the ones that a vocabulary shows. What a
+    branch says of them it says from its own KV (measured by ``benchmarks.divergent_prefix``).
+
+    Args:
+        number: ``[n]`` bool, tokens of a prompt that are parts of numbers.
+
+    Returns:
+        ``[n]`` bool.
+    """
+    result = number.clone()
+    for distance in range(1, AFTER_NUMBER + 1):
+        result[distance:] |= number[:-distance]
+    for distance in range(1, BEFORE_NUMBER + 1):
+        result[:-distance] |= number[distance:]
+    return result
+
+
 def to_compute(
-    candidate: torch.Tensor, deviation: torch.Tensor, after_break: torch.Tensor, *, threshold: float, share: float
+    candidate: torch.Tensor, deviation: torch.Tensor, always: torch.Tensor, *, threshold: float, share: float
 ) -> torch.Tensor:
-    """Tokens that are not taken over: those that the donor has not, those after breaks, and those that moved most.
+    """Tokens that are not taken over: those that the donor has not, those that always are, and those that moved most.
 
     To compute anew what deviates most is the rule of CacheBlend (arXiv 2405.16444).
 
     Args:
         candidate: ``[n]`` bool, tokens whose KV could be taken over.
         deviation: ``[n]`` float, how far each one's state is from the donor's; a NaN counts as the largest.
-        after_break: ``[n]`` bool, as :func:`after_breaks` has it.
+        always: ``[n]`` bool, tokens after breaks (:func:`after_breaks`) and those around numbers.
         threshold: deviation from which on a token is computed ...
-        share: ... but no more, with those after breaks, than this share of the candidates: those that deviate most.
+        share: ... but no more, with those that always are, than this share of the candidates: those that deviate most.
 
     Returns:
         ``[n]`` bool; the last token is always among them.
     """
-    leading = candidate & after_break
+    leading = candidate & always
     moved = torch.where(candidate & ~leading, deviation.nan_to_num(nan=torch.inf), -torch.inf)
     chosen = moved > threshold
     most = max(0, int(share * int(candidate.sum())) - int(leading.sum()))

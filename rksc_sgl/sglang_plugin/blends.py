@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rksc_sgl.blending.plan import after_breaks, runs_of, to_compute
+from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.rotation import Rotation, rotation_of
 from rksc_sgl.sglang_plugin.layer_pass import probe_layers
 from rksc_sgl.sglang_plugin.opted import wants_prompt_logprobs
@@ -37,7 +37,7 @@ class BlendJob:
         theirs: int64 ``[n]`` slots of the donor's tokens; -1 where there is none.
         new: int64 ``[n]`` positions of its new tokens.
         old: int64 ``[n]`` positions of the donor's tokens, -1 where there is none.
-        after_break: bool ``[n]``, of the whole prompt's alignment, so that chunks break nothing.
+        always: bool ``[n]``, computed whatever they moved; of the whole prompt, so that chunks break nothing.
     """
 
     place: int
@@ -46,7 +46,7 @@ class BlendJob:
     theirs: torch.Tensor
     new: torch.Tensor
     old: torch.Tensor
-    after_break: torch.Tensor
+    always: torch.Tensor
 
 
 def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any, refusal: str) -> list[BlendJob]:
@@ -85,10 +85,10 @@ def _job(plan: BlendPlan, place: int, begin: int, own: torch.Tensor, req: Any, t
         return "too few of its new tokens are resident with its donor"
     theirs = torch.where(there, slots[source.clamp(0, slots.numel() - 1)], -1)
     new = torch.arange(begin, begin + own.numel(), device=own.device)
-    after_break = torch.zeros(own.numel(), dtype=torch.bool)
-    after_break[: known.numel()] = after_breaks(torch.from_numpy(plan.source))[begin : begin + own.numel()]
+    always = torch.zeros(own.numel(), dtype=torch.bool)
+    always[: known.numel()] = torch.from_numpy(plan.always)[begin : begin + own.numel()]
     old = torch.where(there, source, -1)
-    return BlendJob(place, plan, own.to(torch.int64), theirs, new, old, after_break.to(own.device))
+    return BlendJob(place, plan, own.to(torch.int64), theirs, new, old, always.to(own.device))
 
 
 def decide(
@@ -104,7 +104,7 @@ def _runs_of_job(runner: Any, job: BlendJob, req: Any, agree: Agreement) -> list
     candidate = job.theirs >= 0
     values = runner.token_to_kv_pool.get_value_buffer(probe - 1)
     deviation = _deviation(values[job.own], values[job.theirs.clamp(min=0)])
-    chosen = to_compute(candidate, deviation, job.after_break, threshold=options.deviation, share=options.recompute)
+    chosen = to_compute(candidate, deviation, job.always, threshold=options.deviation, share=options.recompute)
     mask = agree(chosen)
     runs = runs_of(mask.cpu())
     taken = torch.ones_like(mask)

@@ -24,6 +24,11 @@ def replace_prompt(scheduler: Any, req: Any, own: int, donor: Donor) -> None:
     scheduler.init_req_max_new_tokens(req)
 
 
+def refusal_of_numbers(scheduler: Any) -> str:
+    """Why a scheduler cannot tell numbers from other tokens; empty if it can."""
+    return "the scheduler has no tokenizer" if scheduler.tokenizer is None else ""
+
+
 def refusal_of_replacing(scheduler: Any) -> str:
     """Why prompts cannot be compared and replaced in a scheduler; empty if they can."""
     from sglang.srt.disaggregation.utils import DisaggregationMode

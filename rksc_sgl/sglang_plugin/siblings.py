@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rksc_sgl.blending.plan import after_breaks, around_numbers
 from rksc_sgl.blending.rotation import refusal_of
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.radix.forks import (
@@ -38,10 +39,11 @@ from rksc_sgl.radix.residents import ResidentPrompts
 from rksc_sgl.sglang_plugin.common_values import common_values
 from rksc_sgl.sglang_plugin.layer_pass import probe_layers, refusal_of_model
 from rksc_sgl.sglang_plugin.opted import decline, options_of_request
-from rksc_sgl.sglang_plugin.replacing import refusal_of_replacing, replace_prompt
+from rksc_sgl.sglang_plugin.replacing import refusal_of_numbers, refusal_of_replacing, replace_prompt
 from rksc_sgl.sglang_plugin.resident import blended_key, has_tree, is_reserved, refusal_of_pool, resident_slots
 from rksc_sgl.similarity.alignment import align
 from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
+from rksc_sgl.similarity.number_tokens import number_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,14 @@ class BlendPlan:
         donor: whose KV.
         extra_key: the donor's namespace in the tree.
         source: int64 ``[n]``, the donor position of each token of the branch, -1 where there is none.
+        always: bool ``[n]``, tokens that are computed also where the donor has them: after breaks, and around numbers.
         options: of the request.
     """
 
     donor: Donor
     extra_key: str | None
     source: NDArray[np.int64]
+    always: NDArray[np.bool_]
     options: RequestOptions
 
 
@@ -134,10 +138,11 @@ class Siblings:
         self.residents: ResidentPrompts | None = None
         runner = scheduler.tp_worker.model_runner
         pool_refusal = refusal_of_pool(runner.token_to_kv_pool)
-        self.blend_refusal = refusal_of(runner.model) or pool_refusal
+        self.blend_refusal = refusal_of(runner.model) or pool_refusal or refusal_of_numbers(scheduler)
         self.merge_refusal = pool_refusal or refusal_of_model(runner.model) or refusal_of_replacing(scheduler)
         self.probe_share = probe_layers(runner) / runner.model_config.num_hidden_layers
         self._common: torch.Tensor | None = None
+        self._numbers: NDArray[np.bool_] | None = None
 
     def place(self) -> set[str]:
         """Decide for every waiting request that was not decided on yet; the ids of those that go on waiting."""
@@ -301,15 +306,25 @@ class Siblings:
         if self.blend_refusal:
             decline(req, self.blend_refusal, **report)
             return None
-        worth = worth_blending(branch.ids.size, branch.exact, alignment.aligned, self.probe_share)
+        always = self._always(branch.ids, alignment.source)
+        taken = alignment.aligned - int((always & (alignment.source >= 0)).sum())
+        worth = worth_blending(branch.ids.size, branch.exact, taken, self.probe_share)
         if not worth and branch.blended <= branch.exact:
             decline(req, "too few tokens align for what is cached", **report)
             return None
-        req.rksc_blend = BlendPlan(donor, req.extra_key, alignment.source, options)
+        req.rksc_blend = BlendPlan(donor, req.extra_key, alignment.source, always, options)
         req.rksc_report = report
         branch.use_blended(True)
         logger.debug("rksc: %s takes %d of %d tokens from %s", req.rid, alignment.aligned, branch.ids.size, donor.name)
         return donor
+
+    def _always(self, ids: NDArray[np.int64], source: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tokens of a branch that are computed also where its donor has them."""
+        if self._numbers is None:
+            runner = self.scheduler.tp_worker.model_runner
+            self._numbers = number_tokens(self.scheduler.tokenizer, runner.model_config.vocab_size)
+        numbers = torch.from_numpy(self._numbers[ids.clip(0, self._numbers.size - 1)])
+        return (around_numbers(numbers) | after_breaks(torch.from_numpy(source))).numpy()
 
     def _plan_merge(self, branch: Branch, donors: Sequence[Donor]) -> None:
         """Give a branch the first donor that asks the same, or say why there is none."""

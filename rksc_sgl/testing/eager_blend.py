@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rksc_sgl.blending.plan import after_breaks, runs_of, to_compute
+from rksc_sgl.blending.plan import after_breaks, around_numbers, runs_of, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,12 +46,21 @@ class EagerLlama:
 
     @torch.no_grad()
     def blend(
-        self, ids: list[int], donor: EagerResult, source: torch.Tensor, *, probe: int, threshold: float, share: float
+        self,
+        ids: list[int],
+        donor: EagerResult,
+        source: torch.Tensor,
+        number: torch.Tensor,
+        *,
+        probe: int,
+        threshold: float,
+        share: float,
     ) -> EagerResult:
         """The first ``probe`` layers for every token; then what is to be computed, on the donor's keys and values.
 
         Args:
             source: int64 ``[n]``, the donor position of each token, -1 where there is none.
+            number: bool ``[n]``, tokens that are parts of numbers.
         """
         hidden = self.inner.embed_tokens(torch.tensor(ids))
         rows, kv = torch.arange(len(ids)), []
@@ -62,7 +71,8 @@ class EagerLlama:
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
         mask = torch.zeros(len(ids), dtype=torch.bool)
-        chosen = to_compute(candidate, deviation, after_breaks(source), threshold=threshold, share=share)
+        always = after_breaks(source) | around_numbers(number)
+        chosen = to_compute(candidate, deviation, always, threshold=threshold, share=share)
         for begin, end in runs_of(chosen):
             mask[begin:end] = True
         hidden, rows = hidden[mask], rows[mask]

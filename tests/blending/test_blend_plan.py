@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.blending.plan import GAP, LEAD, after_breaks, runs_of, to_compute
+from rksc_sgl.blending.plan import GAP, LEAD, after_breaks, around_numbers, runs_of, to_compute
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=80)
 
@@ -84,3 +84,13 @@ def test_runs_cover_what_is_computed_and_join_over_small_gaps(flags: list[bool])
 @pytest.mark.parametrize(("flags", "runs"), [([0, 0], []), ([1], [(0, 1)]), ([1, 0, 0, 1, 0], [(0, 4)])])
 def test_runs_by_hand(flags: list[int], runs: list[tuple[int, int]]) -> None:
     assert runs_of(torch.tensor(flags, dtype=torch.bool)) == runs
+
+
+def test_numbers_are_computed_with_the_tokens_beside_them() -> None:
+    number = torch.zeros(16, dtype=torch.bool)
+    assert not around_numbers(number).any()
+    number[[0, 7, 8, 15]] = True
+    computed = around_numbers(number).nonzero().flatten().tolist()
+    assert computed == [0, 1, 2, 6, 7, 8, 9, 10, 14, 15]
+    assert around_numbers(torch.tensor([True])).tolist() == [True]
+    assert around_numbers(torch.tensor([], dtype=torch.bool)).tolist() == []

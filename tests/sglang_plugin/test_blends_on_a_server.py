@@ -15,10 +15,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.server_process import ServerProcess
 from rksc_sgl.similarity.alignment import align
+from rksc_sgl.similarity.number_tokens import number_tokens
 from rksc_sgl.testing import write_tiny_model
 from rksc_sgl.testing.eager_blend import EagerLlama
 
@@ -34,6 +36,7 @@ class Served:
 
     process: ServerProcess
     eager: EagerLlama
+    numbers: NDArray[np.bool_]
     model: Path
 
     def flush(self) -> None:
@@ -79,7 +82,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = write_tiny_model(tmp_path_factory.mktemp("blends") / "six-layers", num_hidden_layers=LAYERS)
     with ServerProcess(server_arguments(["--model-path", str(model), "--max-total-tokens", "6000"])) as process:
         oracle = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").float().eval()
-        yield Served(process, EagerLlama(oracle), model)
+        numbers = number_tokens(transformers.AutoTokenizer.from_pretrained(model), VOCABULARY)
+        yield Served(process, EagerLlama(oracle), numbers, model)
 
 
 def eager_logprobs(
@@ -87,7 +91,9 @@ def eager_logprobs(
 ) -> tuple[torch.Tensor, int]:
     source = torch.from_numpy(align(donor, prompt, 16).source)
     source[source >= len(donor) // page * page] = -1  # the tree keeps whole pages
-    found = served.eager.blend(prompt, served.eager.prefill(donor), source, probe=PROBE, threshold=0.0, share=share)
+    number = torch.from_numpy(served.numbers[prompt])
+    prefilled = served.eager.prefill(donor)
+    found = served.eager.blend(prompt, prefilled, source, number, probe=PROBE, threshold=0.0, share=share)
     return found.logits.log_softmax(-1), int((~found.computed).sum())
 
 
@@ -262,7 +268,7 @@ def test_random_forks_aborts_and_flushes_lose_no_slot(served: Served) -> None:
 def test_blends_on_two_ranks_on_larger_pages_and_in_chunks(served: Served, flags: tuple[str, ...]) -> None:
     arguments = ["--model-path", str(served.model), "--max-total-tokens", "6000", *flags]
     with ServerProcess(server_arguments(arguments)) as process:
-        other = Served(process, served.eager, served.model)
+        other = Served(process, served.eager, served.numbers, served.model)
         donor, prompt = pair(10)
         other.ask(donor, branch("flags", 0))
         answer = other.ask(prompt, branch("flags", 1, recompute=0.0))
