@@ -47,7 +47,7 @@ class RequestOptions:
             in the ``cache``.
         minimum_span: with blends: the shortest run of equal tokens that is taken over.
         recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
-            because their state moved. The few that follow a change always are, and count in it.
+            because their state moved. Numbers and the few that follow a change always are, and count in it.
         deviation: with blends: how far a token's values must be from the donor's, relative to these, to have moved.
         op: ``branch`` for generation, ``verify`` for the verification of a branch.
         exit: of a verification: ``certified`` stops at an intermediate layer where the server's profile allows it;
