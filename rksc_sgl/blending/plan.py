@@ -25,10 +25,7 @@ def after_breaks(source: torch.Tensor) -> torch.Tensor:
     broken = source >= 0
     broken[1:] &= (source[:-1] < 0) | (source[1:] != source[:-1] + 1)
     broken[:1] &= source[:1] > 0
-    result = broken.clone()
-    for distance in range(1, LEAD):
-        result[distance:] |= broken[:-distance]
-    return result & (source >= 0)
+    return _widened(broken, before=0, after=LEAD - 1) & (source >= 0)
 
 
 def around_numbers(number: torch.Tensor) -> torch.Tensor:
@@ -43,11 +40,26 @@ def around_numbers(number: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[n]`` bool.
     """
-    result = number.clone()
-    for distance in range(1, AFTER_NUMBER + 1):
-        result[distance:] |= number[:-distance]
-    for distance in range(1, BEFORE_NUMBER + 1):
-        result[:-distance] |= number[distance:]
+    return _widened(number, before=BEFORE_NUMBER, after=AFTER_NUMBER)
+
+
+def always_computed(source: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """``[n]`` bool, tokens that are computed though the donor has them: after breaks, and around numbers.
+
+    Args:
+        source: as :func:`after_breaks` takes it.
+        number: as :func:`around_numbers` takes it.
+    """
+    return after_breaks(source) | (around_numbers(number) & (source >= 0))
+
+
+def _widened(mask: torch.Tensor, *, before: int, after: int) -> torch.Tensor:
+    """A mask, and so many places before and after each of its true values."""
+    result = mask.clone()
+    for distance in range(1, after + 1):
+        result[distance:] |= mask[:-distance]
+    for distance in range(1, before + 1):
+        result[:-distance] |= mask[distance:]
     return result
 
 
@@ -61,7 +73,7 @@ def to_compute(
     Args:
         candidate: ``[n]`` bool, tokens whose KV could be taken over.
         deviation: ``[n]`` float, how far each one's state is from the donor's; a NaN counts as the largest.
-        always: ``[n]`` bool, tokens after breaks (:func:`after_breaks`) and those around numbers.
+        always: ``[n]`` bool, as :func:`always_computed` has it.
         threshold: deviation from which on a token is computed ...
         share: ... but no more, with those that always are, than this share of the candidates: those that deviate most.
 

@@ -24,8 +24,8 @@ def replace_prompt(scheduler: Any, req: Any, own: int, donor: Donor) -> None:
     scheduler.init_req_max_new_tokens(req)
 
 
-def refusal_of_numbers(scheduler: Any) -> str:
-    """Why a scheduler cannot tell numbers from other tokens; empty if it can."""
+def refusal_of_texts(scheduler: Any) -> str:
+    """Why a scheduler does not know what its tokens say; empty if it does."""
     return "the scheduler has no tokenizer" if scheduler.tokenizer is None else ""
 
 
@@ -35,10 +35,9 @@ def refusal_of_replacing(scheduler: Any) -> str:
     from sglang.srt.runtime_context import get_parallel
 
     unsupported = {
-        "the scheduler has no tokenizer": scheduler.tokenizer is None,
         "pipeline parallelism": get_parallel().pp_size > 1,
         "data-parallel attention": scheduler.require_mlp_sync,
         "speculative decoding": not scheduler.spec_algorithm.is_none(),
         "disaggregated prefill": scheduler.disaggregation_mode != DisaggregationMode.NULL,
     }
-    return next((reason for reason, found in unsupported.items() if found), "")
+    return refusal_of_texts(scheduler) or next((reason for reason, found in unsupported.items() if found), "")

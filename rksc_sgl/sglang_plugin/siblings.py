@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rksc_sgl.blending.plan import after_breaks, around_numbers
+from rksc_sgl.blending.plan import always_computed
 from rksc_sgl.blending.rotation import refusal_of
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.radix.forks import (
@@ -39,7 +39,7 @@ from rksc_sgl.radix.residents import ResidentPrompts
 from rksc_sgl.sglang_plugin.common_values import common_values
 from rksc_sgl.sglang_plugin.layer_pass import probe_layers, refusal_of_model
 from rksc_sgl.sglang_plugin.opted import decline, options_of_request
-from rksc_sgl.sglang_plugin.replacing import refusal_of_numbers, refusal_of_replacing, replace_prompt
+from rksc_sgl.sglang_plugin.replacing import refusal_of_replacing, refusal_of_texts, replace_prompt
 from rksc_sgl.sglang_plugin.resident import blended_key, has_tree, is_reserved, refusal_of_pool, resident_slots
 from rksc_sgl.similarity.alignment import align
 from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
@@ -138,7 +138,7 @@ class Siblings:
         self.residents: ResidentPrompts | None = None
         runner = scheduler.tp_worker.model_runner
         pool_refusal = refusal_of_pool(runner.token_to_kv_pool)
-        self.blend_refusal = refusal_of(runner.model) or pool_refusal or refusal_of_numbers(scheduler)
+        self.blend_refusal = refusal_of(runner.model) or pool_refusal or refusal_of_texts(scheduler)
         self.merge_refusal = pool_refusal or refusal_of_model(runner.model) or refusal_of_replacing(scheduler)
         self.probe_share = probe_layers(runner) / runner.model_config.num_hidden_layers
         self._common: torch.Tensor | None = None
@@ -307,7 +307,7 @@ class Siblings:
             decline(req, self.blend_refusal, **report)
             return None
         always = self._always(branch.ids, alignment.source)
-        taken = alignment.aligned - int((always & (alignment.source >= 0)).sum())
+        taken = alignment.aligned - int(always.sum())
         worth = worth_blending(branch.ids.size, branch.exact, taken, self.probe_share)
         if not worth and branch.blended <= branch.exact:
             decline(req, "too few tokens align for what is cached", **report)
@@ -324,7 +324,7 @@ class Siblings:
             runner = self.scheduler.tp_worker.model_runner
             self._numbers = number_tokens(self.scheduler.tokenizer, runner.model_config.vocab_size)
         numbers = torch.from_numpy(self._numbers[ids.clip(0, self._numbers.size - 1)])
-        return (around_numbers(numbers) | after_breaks(torch.from_numpy(source))).numpy()
+        return always_computed(torch.from_numpy(source), numbers).numpy()
 
     def _plan_merge(self, branch: Branch, donors: Sequence[Donor]) -> None:
         """Give a branch the first donor that asks the same, or say why there is none."""

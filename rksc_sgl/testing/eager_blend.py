@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rksc_sgl.blending.plan import after_breaks, around_numbers, runs_of, to_compute
+from rksc_sgl.blending.plan import always_computed, runs_of, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -71,7 +71,7 @@ class EagerLlama:
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
         mask = torch.zeros(len(ids), dtype=torch.bool)
-        always = after_breaks(source) | around_numbers(number)
+        always = always_computed(source, number)
         chosen = to_compute(candidate, deviation, always, threshold=threshold, share=share)
         for begin, end in runs_of(chosen):
             mask[begin:end] = True
