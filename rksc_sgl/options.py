@@ -39,9 +39,9 @@ class RequestOptions:
         branches: number of branches in the fork.
         share: how the branch may reuse KV of its siblings. ``exact`` only ever reuses the KV of identical prefixes;
             ``blend`` also takes over the KV of tokens that a sibling has at other places, which is approximate;
-            ``merge`` replaces the branch's prompt by a sibling's that asks the same in other words; ``auto`` takes the
-            best that keeps every answer: ``exact``, with siblings that wait for their anchor.
-        allow_merge: whether ``auto`` may merge too.
+            ``merge`` replaces the branch's prompt by a sibling's that asks the same in other words; ``auto`` takes
+            identical prefixes, and blends where some hundred tokens and most of what is left are a donor's too.
+        allow_merge: whether ``auto`` may merge too, and blends only what cannot be merged.
         tau: with merges: the least similarity of hidden states, from -1 to 1, beside what the content guard demands.
         share_scope: whose KV a blend or merge may take: the ``group``'s, or any prompt's of the same namespace that is
             in the ``cache``.
@@ -95,6 +95,13 @@ class RequestOptions:
         self._check_sharing()
         _check_choice("op", self.op, OPERATIONS)
         self._check_exit()
+
+    @property
+    def blends(self) -> bool:
+        """Whether KV of a donor's equal tokens may be taken over; ``auto`` needs a fork or the cache to have donors."""
+        return self.share == "blend" or (
+            self.share == "auto" and (self.group is not None or self.share_scope == "cache")
+        )
 
     @property
     def merges(self) -> bool:

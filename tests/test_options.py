@@ -49,6 +49,9 @@ def test_options_survive_the_way_through_a_request() -> None:
 
 
 def test_merging_is_what_was_asked_for_or_allowed() -> None:
+    assert RequestOptions(group="g").blends and RequestOptions(share_scope="cache").blends
+    assert RequestOptions(share="blend").blends and not RequestOptions().blends
+    assert not RequestOptions(group="g", share="merge").blends and not RequestOptions(group="g", share="exact").blends
     assert not RequestOptions().merges and not RequestOptions(share="blend").merges
     assert RequestOptions(share="merge").merges and RequestOptions(allow_merge=True).merges
     options = RequestOptions(share="merge", allow_merge=True, tau=-1, share_scope="cache")

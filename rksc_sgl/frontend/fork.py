@@ -102,9 +102,9 @@ def fork_similar(
             to it (other wordings of one problem, say).
         share: ``exact`` reuses KV of identical prefixes, which changes nothing; ``blend`` also takes over KV of equal
             tokens at other places, which is approximate; ``merge`` gives a branch the first one's prompt in place of
-            its own, where that asks the same in other words (``docs/sharing.md``); ``auto`` takes the best that keeps
-            every answer: ``exact``, with siblings that wait for the first branch's prefix.
-        allow_merge: ``auto`` may merge too.
+            its own, where that asks the same in other words (``docs/sharing.md``); ``auto`` takes identical prefixes,
+            and blends branches that begin differently and have long material in common.
+        allow_merge: ``auto`` may merge too, and blends only what cannot be merged.
         tau: with merges: the least similarity of hidden states, from -1 to 1.
         share_scope: whose KV a blend or merge may take: the ``group``'s, or any of its namespace in the ``cache``.
 

@@ -28,7 +28,7 @@ from rksc_sgl.frontend.endpoint import BranchEndpoint
 from rksc_sgl.frontend.labels import LabelTokens, label_logprobs, resolve_labels
 from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of, unresolved
 from rksc_sgl.frontend.skip import SkipDecision, SkipGate
-from rksc_sgl.options import SCOPES
+from rksc_sgl.options import KEY, SCOPES
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class _Branch:
     text: str = ""
     answer: str | None = None
     confidence: float | None = None
+    blended: bool = False  # it was generated on approximate KV
     error: str | None = None
     score: float | None = None
     prompt_tokens: int = 0
@@ -192,6 +193,7 @@ def _collect(index: int, state: ProgramState, var: str, extract: Callable[[str],
     branch.text = text
     branch.answer = extract(text)
     branch.confidence = meta_info.get("confidence")
+    branch.blended = (meta_info.get(KEY) or {}).get("mode") == "blend"
     return branch
 
 
@@ -215,7 +217,13 @@ def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> S
 
 
 def _certified_gate(members: list[_Branch], question: str, risk: float | None) -> SkipGate | None:
-    """The skip rule of the server's profile for this question; None where there is none."""
+    """The skip rule of the server's profile for this question; None where there is none.
+
+    None with blended branches too: what was certified is of forks on exact KV.
+    """
+    if any(branch.blended for branch in members):
+        logger.info("verify_gated: skipping is not certified for blended branches")
+        return None
     alive = next(branch for branch in members if branch.error is None)
     backend = alive.state.stream_executor.backend
     info = backend.rksc_info() if isinstance(backend, BranchEndpoint) else None

@@ -15,6 +15,7 @@ MOST_ALIASES = 256  # of one fork; the oldest goes first
 MOST_TOKENS = 4_000_000  # of all donors and aliases together, 32 MB of token ids
 MOST_FORKS = 4096
 LEAST_TOKENS = 64  # a prefill shorter than this costs little more than the step that it rides on
+AUTO_LEAST = 256  # tokens that ``share="auto"`` takes over at least: a short prompt is cheap to compute exactly
 WORTH = 0.8  # of what the exact prefill would compute, at most
 
 Request = TypeVar("Request")
@@ -202,13 +203,3 @@ def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -
     exact = tokens - cached
     blend = tokens * probe_share + (tokens - aligned) * (1.0 - probe_share)
     return exact >= LEAST_TOKENS and blend <= WORTH * exact
-
-
-def worth_merging(tokens: int, cached: int) -> bool:
-    """Whether a merge saves more than the second step that it takes.
-
-    Args:
-        tokens: of the branch.
-        cached: its tokens that the exact tree has already.
-    """
-    return tokens - cached >= LEAST_TOKENS

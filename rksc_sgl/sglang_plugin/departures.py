@@ -76,6 +76,7 @@ def _take_prompt(scheduler: Any, req: Any) -> None:
     plan: MergePlan = req.rksc_leaving
     own = np.asarray(req.origin_input_ids, dtype=np.int64)
     replace_prompt(scheduler, req, own.size, plan.donor)
+    req.extra_key, req.rksc_blended, req.rksc_blend = plan.extra_key, False, None  # it might have been blended
     if plan.key is not None:
         alias = Alias(req.rid, own, plan.donor, req.rksc_report["similarity"])
         siblings_of(scheduler).table.add_alias(plan.key, alias)

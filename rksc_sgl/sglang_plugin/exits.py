@@ -101,6 +101,8 @@ def _rule(runner: Any, req: Any, options: RequestOptions, server: ExitProfiles) 
         layers = runner.model_config.num_hidden_layers
         unembedding = runner.model.lm_head.weight
         return PublishedRule(unembedding, options.yes_ids, options.no_ids, layers, options.theta, options.eps), ""
+    if getattr(req, "rksc_blended", False):
+        return None, "its KV is approximate, and the certificate is of exact KV"
     return server.rule(req.origin_input_ids, options)
 
 

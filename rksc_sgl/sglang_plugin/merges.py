@@ -87,6 +87,8 @@ def decide(runner: Any, jobs: Sequence[MergeJob], requests: Sequence[Any], agree
             req.rksc_leaving = job.plan
             req.rksc_report = report
             leaving.add(job.place)
-        else:
+        elif getattr(req, "rksc_blend", None) is None:
             decline(req, BELOW_TAU, **report)
+        else:  # donor and similarity are the blend's
+            decline(req, BELOW_TAU)
     return leaving

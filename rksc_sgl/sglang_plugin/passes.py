@@ -92,7 +92,8 @@ def _share(layer_pass: SplitPass, work: Work, requests: Sequence[Any]) -> Any:
     layer_pass.run_to(probe_layers(layer_pass.runner))
     agree = exits.agreement()
     leaving = merges.decide(layer_pass.runner, work.merging, requests, agree)
-    kept = blends.decide(layer_pass.runner, work.blended, requests, agree)
+    blended = [job for job in work.blended if job.place not in leaving]
+    kept = blends.decide(layer_pass.runner, blended, requests, agree)
     runs: list[Run] = []
     for place, length in enumerate(layer_pass.lengths):
         if place not in leaving:
@@ -107,8 +108,7 @@ def _share(layer_pass: SplitPass, work: Work, requests: Sequence[Any]) -> Any:
 def _work_in(runner: Any, forward_batch: Any, batch: Any) -> Work | None:
     """What there is to do with a batch; None where it is an ordinary one."""
     requests: Sequence[Any] = batch.reqs
-    opted = [options for req in requests if (options := options_of_request(req)) is not None]
-    if not any(options.op == "verify" or options.share == "blend" or options.merges for options in opted):
+    if not any(_is_special(req) for req in requests):
         return None
     refusal = refusal_of_batch(runner, forward_batch)
     blended = blends.jobs_of(forward_batch, requests, batch.tree_cache, refusal)
@@ -116,6 +116,15 @@ def _work_in(runner: Any, forward_batch: Any, batch: Any) -> Work | None:
     sharing = "a batch with blends or merges runs at full depth" if blended or merging else ""
     watched = exits.watch(runner, requests, refusal or sharing)
     return Work(watched, blended, merging) if watched or blended or merging else None
+
+
+def _is_special(req: Any) -> bool:
+    """Whether a request is a verification, or has a plan for what it shares."""
+    options = options_of_request(req)
+    if options is None:
+        return False
+    plans = (getattr(req, name, None) for name in ("rksc_blend", "rksc_merge"))
+    return options.op == "verify" or any(plan is not None for plan in plans)
 
 
 def refusal_of_batch(runner: Any, batch: Any) -> str:

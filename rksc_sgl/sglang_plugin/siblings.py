@@ -26,6 +26,7 @@ from rksc_sgl.blending.plan import always_computed
 from rksc_sgl.blending.rotation import refusal_of
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.radix.forks import (
+    AUTO_LEAST,
     LEAST_TOKENS,
     Donor,
     Fork,
@@ -33,7 +34,6 @@ from rksc_sgl.radix.forks import (
     ForkTable,
     Namespace,
     worth_blending,
-    worth_merging,
 )
 from rksc_sgl.radix.residents import ResidentPrompts
 from rksc_sgl.sglang_plugin.common_values import common_values
@@ -41,7 +41,7 @@ from rksc_sgl.sglang_plugin.layer_pass import probe_layers, refusal_of_model
 from rksc_sgl.sglang_plugin.opted import decline, options_of_request
 from rksc_sgl.sglang_plugin.replacing import refusal_of_replacing, refusal_of_texts, replace_prompt
 from rksc_sgl.sglang_plugin.resident import blended_key, has_tree, is_reserved, refusal_of_pool, resident_slots
-from rksc_sgl.similarity.alignment import align
+from rksc_sgl.similarity.alignment import Alignment, align
 from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
 from rksc_sgl.similarity.number_tokens import number_tokens
 
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 DONORS_GONE = "the KV of its donors is gone"
 TOO_FEW = "too few tokens are left to compute"
+TOO_FEW_ALIGN = "too few tokens align for what is cached"
+TOO_FEW_FOR_AUTO = f"share auto blends from {AUTO_LEAST} tokens on"
 NOT_PROBED = "its batch could not be probed"
 
 
@@ -108,8 +110,14 @@ class Branch:
     blended: int
 
     @property
-    def approximate(self) -> bool:
-        return self.options.share == "blend"
+    def left(self) -> int:
+        """Tokens that the tree has under neither key."""
+        return self.ids.size - max(self.exact, self.blended)
+
+    @property
+    def least_taken(self) -> int:
+        """Tokens below which it is not blended, though that would compute less."""
+        return AUTO_LEAST if self.options.share == "auto" else 0
 
     @property
     def key(self) -> ForkKey | None:
@@ -189,7 +197,7 @@ class Siblings:
         namespace = namespace_of(req)
         exact = self._cached(req.origin_input_ids, namespace)
         blended = 0
-        if options.share == "blend":
+        if options.blends:
             blended = self._cached(req.origin_input_ids, namespace._replace(extra_key=blended_key(req.extra_key)))
         branch = Branch(req, options, np.asarray(req.origin_input_ids, dtype=np.int64), exact, blended)
         key = branch.key
@@ -213,13 +221,12 @@ class Siblings:
             gain = self._gain(branch, fork.anchor)
             if worth_blending(branch.ids.size, max(branch.exact, branch.blended), gain, 0.0):
                 return True
-            if branch.options.merges and not hasattr(branch.req, "rksc_report"):
-                decline(branch.req, TOO_FEW)
+            self._say_not_shared(branch, TOO_FEW if branch.options.merges else TOO_FEW_ALIGN)
         lost = self._drop_lost(branch, key, fork)
         alone = fork.anchor is None and not fork.donors
         if alone and gone:
             decline(branch.req, "the anchor that it could have shared with is gone")
-        elif alone and lost and (branch.approximate or branch.options.merges):
+        elif alone and lost:
             decline(branch.req, DONORS_GONE)
         donors = list(fork.donors)
         if branch.options.share_scope == "cache":
@@ -284,15 +291,14 @@ class Siblings:
         """Plan what a branch takes from these donors, if anything.
 
         Returns:
-            The donor whose tokens it takes over. None also where a merge is planned: its own prompt may become exact
-            KV yet.
+            The donor whose tokens it takes over. None also where only a merge is planned: its own prompt may become
+            exact KV yet.
         """
         if branch.options.merges:
             self._plan_merge(branch, donors)
+        if not branch.options.blends:
             return None
-        if not branch.approximate:
-            return None  # it finds in the tree what is equal from the start
-        if not donors:
+        if not donors or (branch.options.share == "auto" and branch.left < LEAST_TOKENS):
             branch.use_blended(branch.blended > branch.exact)
             return None
         return self._plan_blend(branch, donors)
@@ -304,27 +310,37 @@ class Siblings:
         alignment, donor = max(found, key=lambda one: one[0].aligned)
         report = {"donor": donor.name, "aligned_tokens": alignment.aligned}
         if self.blend_refusal:
-            decline(req, self.blend_refusal, **report)
+            self._say_not_shared(branch, self.blend_refusal, **report)
             return None
-        always = self._always(branch.ids, alignment.source)
-        taken = alignment.aligned - int(always.sum())
+        always, taken = self._taken(branch.ids, alignment)
         worth = worth_blending(branch.ids.size, branch.exact, taken, self.probe_share)
-        if not worth and branch.blended <= branch.exact:
-            decline(req, "too few tokens align for what is cached", **report)
+        enough = taken >= branch.least_taken
+        if not (worth and enough) and branch.blended <= branch.exact:
+            self._say_not_shared(branch, TOO_FEW_ALIGN if enough else TOO_FEW_FOR_AUTO, **report)
             return None
         req.rksc_blend = BlendPlan(donor, req.extra_key, alignment.source, always, options)
-        req.rksc_report = report
+        not_merged = req.rksc_report if options.merges and hasattr(req, "rksc_report") else {}
+        req.rksc_report = {**not_merged, **report}
         branch.use_blended(True)
         logger.debug("rksc: %s takes %d of %d tokens from %s", req.rid, alignment.aligned, branch.ids.size, donor.name)
         return donor
 
-    def _always(self, ids: NDArray[np.int64], source: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tokens of a branch that are computed also where its donor has them."""
+    def _taken(self, ids: NDArray[np.int64], alignment: Alignment) -> tuple[NDArray[np.bool_], int]:
+        """Tokens of a branch that are computed also where its donor has them, and how many are left to take over."""
         if self._numbers is None:
             runner = self.scheduler.tp_worker.model_runner
             self._numbers = number_tokens(self.scheduler.tokenizer, runner.model_config.vocab_size)
         numbers = torch.from_numpy(self._numbers[ids.clip(0, self._numbers.size - 1)])
-        return always_computed(torch.from_numpy(source), numbers).numpy()
+        always = always_computed(torch.from_numpy(alignment.source), numbers).numpy()
+        return always, alignment.aligned - int(always.sum())
+
+    @staticmethod
+    def _say_not_shared(branch: Branch, reason: str, **report: Any) -> None:
+        """Decline, but for what ``share="auto"`` has no need to say: little was left, or it was said already."""
+        if branch.options.share == "auto" and branch.left < LEAST_TOKENS:
+            return
+        if branch.options.share == "blend" or not hasattr(branch.req, "rksc_report"):
+            decline(branch.req, reason, **report)
 
     def _plan_merge(self, branch: Branch, donors: Sequence[Donor]) -> None:
         """Give a branch the first donor that asks the same, or say why there is none."""
@@ -333,10 +349,10 @@ class Siblings:
         if not donors or any(begun):
             return  # what a donor has from the start is exact reuse
         refusal = self.merge_refusal or refusal_of_request(req)
-        if not refusal and not worth_merging(branch.ids.size, branch.exact):
+        if not refusal and branch.left < LEAST_TOKENS:
             refusal = TOO_FEW
         if refusal:
-            return decline(req, refusal)
+            return self._say_not_shared(branch, refusal)
         verdicts = [(self._same(donor.tokens, branch.ids), donor) for donor in donors]
         same = [donor for verdict, donor in verdicts if verdict.same]
         resident = [donor for donor in same if self.whole(donor, namespace)]
@@ -385,14 +401,15 @@ class Siblings:
             return known[1]
         other = np.asarray(anchor.origin_input_ids, dtype=np.int64)
         gain = _common(other, branch.ids)
-        if branch.approximate:
-            gain = max(gain, align(other, branch.ids, options.minimum_span).aligned)
-        elif options.merges and not self.merge_refusal:
+        if options.merges and not self.merge_refusal:
             verdict = self._same(other, branch.ids)
             if verdict.same:
                 gain = branch.ids.size
             else:
                 decline(req, f"content guard: {verdict.reason}", donor=anchor.rid)
+        if options.blends and not self.blend_refusal and gain + LEAST_TOKENS <= branch.ids.size:
+            _, taken = self._taken(branch.ids, align(other, branch.ids, options.minimum_span))
+            gain = max(gain, taken if taken >= branch.least_taken else 0)
         req.rksc_gain = (anchor, gain)
         return gain
 

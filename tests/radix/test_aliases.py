@@ -7,14 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rksc_sgl.radix.forks import (
-    LEAST_TOKENS,
     MOST_ALIASES,
     MOST_DONORS,
     Alias,
     Donor,
     ForkKey,
     ForkTable,
-    worth_merging,
 )
 
 KEY = ForkKey("g", None, None, None)
@@ -101,8 +99,3 @@ def test_the_count_of_tokens_is_true_and_bounded(steps: list[tuple[str, str, int
         assert table.tokens <= 150 or len(table) == 1
         for one, alias in table.aliases():
             assert any(alias.canonical is donor for other, donor in table.donors() if other == one)
-
-
-def test_a_merge_must_save_more_than_a_step() -> None:
-    assert worth_merging(LEAST_TOKENS, 0) and worth_merging(500, 500 - LEAST_TOKENS)
-    assert not worth_merging(500, 501 - LEAST_TOKENS)

@@ -159,6 +159,58 @@ def test_a_changed_token_is_always_computed_from_the_branch_itself(served: Serve
     assert align(donor, prompt, 16).source[place] == -1
 
 
+def material(seed: int) -> tuple[list[int], list[int]]:
+    """Two prompts with other openings and 500 tokens of the same material."""
+    return [*words(seed + 1, 17), *words(seed, 500)], [*words(seed + 2, 31), *words(seed, 500)]
+
+
+def test_auto_blends_a_fork_with_long_material_and_nothing_else(served: Served) -> None:
+    served.flush()
+    donor, prompt = material(110)
+    auto = {"branches": 16}
+    served.ask(donor, {**auto, "group": "auto"})
+    alone = served.ask(prompt, {"op": "branch"})["meta_info"]["rksc"]
+    assert alone["mode"] == "exact" and "declined" not in alone, "without a group there is nobody to share with"
+    served.flush()
+    served.ask(donor, {**auto, "group": "auto"})
+    first = served.ask(prompt, {**auto, "group": "auto", "branch": 1})
+    report = first["meta_info"]["rksc"]
+    assert report["mode"] == "blend" and report["taken_tokens"] > 400
+    again = served.ask(prompt, {**auto, "group": "auto", "branch": 1})["meta_info"]["rksc"]
+    assert (again["mode"], again["blended_before_tokens"]) == ("blend", len(prompt) - 1) and "declined" not in again
+    same = served.ask(donor, {**auto, "group": "auto", "branch": 2})["meta_info"]["rksc"]
+    assert (same["mode"], same["reused_tokens"]) == ("exact", len(donor) - 1) and "declined" not in same
+    exact = served.ask(prompt, {**auto, "group": "auto", "branch": 3, "share": "exact"})["meta_info"]
+    assert exact["cached_tokens"] == 0 and exact["rksc"]["mode"] == "exact"
+    short_donor, short = pair(120)
+    served.ask(short_donor, {**auto, "group": "short"})
+    declined = served.ask(short, {**auto, "group": "short", "branch": 1})["meta_info"]["rksc"]
+    assert (declined["mode"], declined["declined"]) == ("exact", "share auto blends from 256 tokens on")
+
+
+def test_siblings_of_auto_wait_for_what_they_blend_with(served: Served) -> None:
+    served.flush()
+    prompts = [[*words(130 + index, 20 + index), *words(129, 500)] for index in range(4)]
+    options = [{"group": "auto waits", "branch": index, "branches": 4} for index in range(4)]
+    sampling = [{"max_new_tokens": 1, "custom_params": {"rksc": one}} for one in options]
+    body = {"input_ids": prompts, "sampling_params": sampling}
+    answers = httpx.post(f"{served.process.url}/generate", json=body, timeout=120.0).json()
+    reports = [answer["meta_info"]["rksc"] for answer in answers]
+    assert sorted(report["mode"] for report in reports) == ["blend"] * 3 + ["exact"]
+
+
+def test_no_certificate_is_used_on_blended_kv(served: Served) -> None:
+    served.flush()
+    donor, prompt = material(140)
+    served.ask(donor, {"group": "certified", "branches": 2})
+    served.ask(prompt, {"group": "certified", "branch": 1, "branches": 2})
+    asked = {"group": "certified", "branches": 2, "op": "verify"}
+    on_blended = served.ask([*prompt, 77, 78], {**asked, "branch": 1})["meta_info"]["rksc"]
+    assert on_blended["mode"] == "blend" and "the certificate is of exact KV" in on_blended["exit"]["reason"]
+    on_exact = served.ask([*donor, 77, 78], asked)["meta_info"]["rksc"]
+    assert on_exact["mode"] == "exact" and "profile" in on_exact["exit"]["reason"]
+
+
 def test_siblings_that_arrive_together_wait_for_one_prefill(served: Served) -> None:
     served.flush()
     common = words(60, 600)

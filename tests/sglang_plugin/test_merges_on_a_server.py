@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import pytest
 import sglang as sgl
 from sharing_server import (
+    NAMES,
     POOL,
     Served,
     branch,
@@ -102,10 +104,47 @@ def test_auto_merges_only_where_that_is_allowed(served: Served) -> None:
     text = problem(5)
     served.ask(text, branch("auto", 0, share="auto"))
     kept = report_of(served.ask(reworded(text), {"group": "auto", "branch": 1, "branches": 3, "share": "auto"}))
-    assert kept["mode"] == "exact" and "declined" not in kept
+    assert kept["mode"] == "exact" and "replaced_tokens" not in kept
+    assert kept["declined"] == "share auto blends from 256 tokens on"
     other = reworded(text, "You are a careful tutor. ")
     allowed = report_of(served.ask(other, branch("auto", 2, share="auto", allow_merge=True)))
     assert allowed["mode"] == "merge"
+
+
+def prose(seed: int, *, changed: bool = False) -> str:
+    """A problem after long material without numbers, which a blend can take over."""
+    names = [NAMES[(seed + 3 * index) % len(NAMES)] for index in range(40)]
+    told = " ".join(f"{name} meets {other} by the old mill." for name, other in itertools.pairwise(names))
+    return f"{told} {problem(seed, changed=changed, sentences=2)}"
+
+
+@pytest.mark.parametrize(
+    ("tau", "changed", "mode", "said"),
+    [
+        (-1.0, False, "merge", None),
+        (1.0, False, "blend", "similarity is below tau"),
+        (-1.0, True, "blend", "content guard: numbers"),
+    ],
+)
+def test_auto_merges_what_it_may_and_blends_the_rest(
+    served: Served, tau: float, changed: bool, mode: str, said: str | None
+) -> None:
+    """Both may be planned for one branch: what is merged must not stay in the namespace of blended KV."""
+    served.flush()
+    text, own = (prose(90), "Think step by step. " + prose(90, changed=changed))
+    group = f"auto {tau} {changed}"
+    options = branch(group, 0, share="auto", allow_merge=True, tau=tau)
+    anchor = served.ask(text, options, 6)
+    answer = served.ask(own, {**options, "branch": 1}, 6)
+    report = report_of(answer)
+    assert (report["mode"], report.get("declined")) == (mode, said)
+    if mode == "merge":
+        assert answer["output_ids"] == anchor["output_ids"] and "taken_tokens" not in report
+        assert served.ask(text, tokens=6)["output_ids"] == anchor["output_ids"]
+    else:
+        assert report["taken_tokens"] > 200 and report["replaced_tokens"] == 0
+        assert report["donor"] == anchor["meta_info"]["id"] and 0.0 < report["similarity"] <= 1.0
+    served.check_pool(POOL)
 
 
 def test_the_same_prompt_needs_no_merge(served: Served) -> None:
