@@ -32,6 +32,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from benchmarks.divergent_items import OPENINGS, Item, branches_of
@@ -200,6 +201,15 @@ def recall(rows: Sequence[Row], arm: str) -> float | None:
     return _mean(found)
 
 
+def loss_interval(rows: Sequence[Row], arm: str) -> list[float] | None:
+    """Exact binomial 95% interval of the share of known facts that an arm loses; None where it was asked for none."""
+    found = [row.arms[arm].number == row.item.answer for row in rows if row.known and arm in row.arms]
+    if not found:
+        return None
+    interval = binomtest(found.count(False), len(found)).proportion_ci()
+    return [round(float(interval.low), 5), round(float(interval.high), 5)]
+
+
 def donor_answers(rows: Sequence[Row], arm: str) -> int:
     """Answers that are the donor's number, where the branch has another."""
     return sum(row.item.changed and row.arms[arm].number == row.item.donors for row in rows if arm in row.arms)
@@ -234,6 +244,7 @@ def quality(rows: Sequence[Row], arm: str, layers: int) -> dict[str, Any]:
         "parted_in_number": sum(row.exact.number != row.arms[arm].number for row in rows),
         "parted_by_nats": _rounded(_quantile([nats for _, nats in within], 0.5), 3),
         "fact_recall_blend": recall(rows, arm),
+        "fact_loss_interval_blend": loss_interval(rows, arm),
         "fact_recall_blend_changed": recall(changed, arm),
         "fact_recall_blend_unchanged": recall(unchanged, arm),
         "donor_answers": donor_answers(rows, arm),

@@ -79,6 +79,13 @@ def test_ratios_and_recall_come_from_what_was_measured() -> None:
     assert "by_options" not in result
 
 
+def test_the_interval_of_lost_facts_is_the_exact_binomial_one() -> None:
+    rows = [_row("123", "456", exact="123", blend="123" if index else "9") for index in range(20)]
+    assert divergent_prefix.loss_interval(rows, "blend 0.05") == pytest.approx([0.00127, 0.24873], abs=2e-5)
+    none = [_row("123", "456", exact="9", blend="9")]
+    assert divergent_prefix.loss_interval(none, "blend 0.05") is None
+
+
 def test_what_was_not_run_is_null() -> None:
     rows = [_row("123", "456", exact="123", blend="123")]
     result = divergent_prefix.summary({}, rows, ["blend 0.05"], 30)
