@@ -66,7 +66,7 @@ def jobs_of(forward_batch: Any, requests: Sequence[Any], tree_cache: Any, refusa
             job = refusal or _job(plan, place, begin, own, req, tree_cache)
             if isinstance(job, BlendJob):
                 jobs.append(job)
-            else:
+            elif not req.rksc_report.get("taken_tokens"):  # the few tokens of a last chunk decline nothing
                 req.rksc_report["declined"] = job
         start += length
     return jobs
