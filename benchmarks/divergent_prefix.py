@@ -195,15 +195,19 @@ def compute_fraction(report: Mapping[str, Any], layers: int) -> float:
     return 1.0 - taken * (layers - report["probe_layers"]) / (layers * (taken + computed))
 
 
+def found_by(rows: Sequence[Row], arm: str) -> list[bool]:
+    """Of the facts known to the exact run that an arm was asked for, whether it finds each."""
+    return [row.arms[arm].number == row.item.answer for row in rows if row.known and arm in row.arms]
+
+
 def recall(rows: Sequence[Row], arm: str) -> float | None:
     """Share of the facts known to the exact run that an arm finds; None where it was asked for none of them."""
-    found = [row.arms[arm].number == row.item.answer for row in rows if row.known and arm in row.arms]
-    return _mean(found)
+    return _mean(found_by(rows, arm))
 
 
 def loss_interval(rows: Sequence[Row], arm: str) -> list[float] | None:
     """Exact binomial 95% interval of the share of known facts that an arm loses; None where it was asked for none."""
-    found = [row.arms[arm].number == row.item.answer for row in rows if row.known and arm in row.arms]
+    found = found_by(rows, arm)
     if not found:
         return None
     interval = binomtest(found.count(False), len(found)).proportion_ci()

@@ -110,9 +110,9 @@ class Branch:
     blended: int
 
     @property
-    def left(self) -> int:
-        """Tokens that the tree has under neither key."""
-        return self.ids.size - max(self.exact, self.blended)
+    def little_left(self) -> bool:
+        """Whether so few tokens are left to compute that neither a blend nor the second step of a merge pays."""
+        return self.ids.size - max(self.exact, self.blended) < LEAST_TOKENS
 
     @property
     def least_taken(self) -> int:
@@ -298,7 +298,7 @@ class Siblings:
             self._plan_merge(branch, donors)
         if not branch.options.blends:
             return None
-        if not donors or (branch.options.share == "auto" and branch.left < LEAST_TOKENS):
+        if not donors or (branch.options.share == "auto" and branch.little_left):
             branch.use_blended(branch.blended > branch.exact)
             return None
         return self._plan_blend(branch, donors)
@@ -337,7 +337,7 @@ class Siblings:
     @staticmethod
     def _say_not_shared(branch: Branch, reason: str, **report: Any) -> None:
         """Decline, but for what ``share="auto"`` has no need to say: little was left, or it was said already."""
-        if branch.options.share == "auto" and branch.left < LEAST_TOKENS:
+        if branch.options.share == "auto" and branch.little_left:
             return
         if branch.options.share == "blend" or not hasattr(branch.req, "rksc_report"):
             decline(branch.req, reason, **report)
@@ -349,7 +349,7 @@ class Siblings:
         if not donors or any(begun):
             return  # what a donor has from the start is exact reuse
         refusal = self.merge_refusal or refusal_of_request(req)
-        if not refusal and branch.left < LEAST_TOKENS:
+        if not refusal and branch.little_left:
             refusal = TOO_FEW
         if refusal:
             return self._say_not_shared(branch, refusal)

@@ -6,7 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rksc_sgl.options import RequestOptions
 from rksc_sgl.radix.forks import (
+    LEAST_TOKENS,
     MOST_ALIASES,
     MOST_DONORS,
     Alias,
@@ -14,6 +16,7 @@ from rksc_sgl.radix.forks import (
     ForkKey,
     ForkTable,
 )
+from rksc_sgl.sglang_plugin.siblings import Branch
 
 KEY = ForkKey("g", None, None, None)
 
@@ -99,3 +102,11 @@ def test_the_count_of_tokens_is_true_and_bounded(steps: list[tuple[str, str, int
         assert table.tokens <= 150 or len(table) == 1
         for one, alias in table.aliases():
             assert any(alias.canonical is donor for other, donor in table.donors() if other == one)
+
+
+def test_a_merge_must_save_more_than_a_step() -> None:
+    def little_left(size: int, exact: int, blended: int = 0) -> bool:
+        return Branch(None, RequestOptions(), np.arange(size), exact, blended).little_left
+
+    assert not little_left(LEAST_TOKENS, 0) and not little_left(500, 500 - LEAST_TOKENS)
+    assert little_left(500, 501 - LEAST_TOKENS) and little_left(500, 0, 501 - LEAST_TOKENS)
