@@ -12,6 +12,8 @@ that HTTP, tokenizing and prefill cancel.
 Cells in which the baseline would take from ten minutes to an hour are measured on our server alone. ``growth`` is our
 step with the most branches on the longest shared prefix over the step of one sequence with it: what the branches cost,
 whose common keys and values are read once.
+
+``--alone`` measures our server only, on shared prefixes, for models whose baseline takes too much time or memory.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 BASELINE, OURS = "torch_native", "rksc_cpu"
@@ -194,7 +196,10 @@ def bytes_of_step(model: str, cell: Cell) -> int:
     from pathlib import Path
 
     config = json.loads((Path(model) / "config.json").read_text())
-    weights = (Path(model) / "model.safetensors").stat().st_size
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if not config.get("tie_word_embeddings", False):  # of an embedding of its own, only the rows of the tokens are read
+        size = {"bfloat16": 2, "float16": 2}.get(config.get("dtype") or config.get("torch_dtype"), 4)
+        weights -= config["vocab_size"] * config["hidden_size"] * size
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
     distinct = cell.prefix if cell.shared else cell.prefix * cell.batch
@@ -202,12 +207,12 @@ def bytes_of_step(model: str, cell: Cell) -> int:
 
 
 @contextlib.contextmanager
-def both_servers(model: str) -> Iterator[tuple[dict[str, Server], str]]:
-    """The two servers, and the model's directory."""
+def running_servers(model: str, names: Sequence[str], tokens: int) -> Iterator[tuple[dict[str, Server], str]]:
+    """Servers with room for some tokens of KV, and the model's directory."""
     with contextlib.ExitStack() as stack:
         servers = {}
-        arguments = server_arguments(["--model-path", model, "--max-total-tokens", "160000"])
-        for name in (BASELINE, OURS):
+        arguments = server_arguments(["--model-path", model, "--max-total-tokens", str(tokens)])
+        for name in names:
             kind = StockArithmetic if name == BASELINE else ServerProcess
             process = stack.enter_context(kind([*arguments, "--attention-backend", name]))
             servers[name] = Server(process)
@@ -221,17 +226,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[256, 1331, 4096])
     parser.add_argument("--all", action="store_true", help="the baseline also in cells where it takes up to an hour")
+    parser.add_argument("--alone", action="store_true", help="only our server, without the baseline")
     arguments = parser.parse_args(words)
     cells = [
         Cell(batch, prefix, shared)
         for prefix in arguments.prefixes
         for batch in arguments.batches
-        for shared in ((True,) if batch == 1 else (True, False))
+        for shared in ((True,) if batch == 1 or arguments.alone else (True, False))
     ]
     for needed in (Cell(8, 1331, True), Cell(8, 1331, False), Cell(1, 1331, True)):
-        if needed not in cells:
+        if needed not in cells and (needed.shared or not arguments.alone):
             cells.append(needed)
-    with both_servers(arguments.model_path) as (servers, model):
+    tokens = 16_000 + max(cell.batch * cell.prefix for cell in cells)
+    names = (OURS,) if arguments.alone else (BASELINE, OURS)
+    with running_servers(arguments.model_path, names, tokens) as (servers, model):
         bandwidth = read_bandwidth()
         outcomes: dict[Cell, Outcome] = {}
         for cell in tqdm(cells, unit="cell", file=sys.stderr):
@@ -241,15 +249,24 @@ def main(words: Sequence[str] | None = None) -> int:
         cold = compare(servers, lambda server, seed: prefill(server, 1331, seed), arguments.repeats)
         short = compare(servers, lambda server, seed: extend(server, 1331, seed), arguments.repeats)
     Console(width=None if sys.stdout.isatty() else 110).print(_table(outcomes, cold, short))
-    main_cell = Cell(8, 1331, True)
-    bound = bytes_of_step(model, main_cell) / bandwidth
+    main_cell, one = Cell(8, 1331, True), Cell(1, 1331, True)
+    bound = {cell: bytes_of_step(model, cell) / bandwidth / outcomes[cell].seconds[OURS] for cell in (main_cell, one)}
+    compared = {}
+    if not arguments.alone:
+        compared = {
+            "ratio_b8_p1331": outcomes[main_cell],
+            "ratio_b1_p1331": outcomes[one],
+            "ratio_b8_p1331_unshared": outcomes[Cell(8, 1331, False)],
+            "ratio_prefill_1331": cold,
+            "ratio_extend_8_on_1331": short,
+        }
     result = {
-        "ratio_b8_p1331": round(outcomes[main_cell].ratio, 2),
-        "ratio_b1_p1331": round(outcomes[Cell(1, 1331, True)].ratio, 2),
-        "ratio_b8_p1331_unshared": round(outcomes[Cell(8, 1331, False)].ratio, 2),
-        "ratio_prefill_1331": round(cold.ratio, 2),
-        "ratio_extend_8_on_1331": round(short.ratio, 2),
-        "bandwidth_bound_fraction": round(bound / outcomes[main_cell].seconds[OURS], 3),
+        **{name: round(outcome.ratio, 2) for name, outcome in compared.items()},
+        "tokens_per_second_b1": round(1 / outcomes[one].seconds[OURS], 2),
+        "tokens_per_second_b8": round(8 / outcomes[main_cell].seconds[OURS], 2),
+        "prefill_tokens_per_second": round(1331 / cold.seconds[OURS], 1),
+        "bandwidth_bound_fraction": round(bound[main_cell], 3),
+        "bandwidth_bound_fraction_b1": round(bound[one], 3),
         "noise": round(max(outcome.noise for outcome in (*outcomes.values(), cold, short)), 2),
         "growth": growth(outcomes),
         "tokens_equal": all(outcome.equal for outcome in (*outcomes.values(), cold, short)),

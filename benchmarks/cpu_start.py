@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import httpx
 from tqdm import tqdm
 
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 # What SGLang's log says at the end of each stage.

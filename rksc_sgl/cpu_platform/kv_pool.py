@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch.overrides import TorchFunctionMode
 
-
-def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros whose pages the kernel provides when they are first written.
-
-    ``torch.zeros`` writes every page, which for a pool of several GB takes most of a server's start and holds
-    memory that may never be used.
-    """
-    elements = math.prod(shape)
-    if elements == 0:
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, elements * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=elements).view(shape)
+from rksc_sgl.cpu_platform.mapped_memory import mapped_zeros
 
 
 class _LazyZeros(TorchFunctionMode):

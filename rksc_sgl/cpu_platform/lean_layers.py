@@ -13,7 +13,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -127,6 +126,22 @@ def _is_plain_rotation(rotary: Any, head_dim: int) -> bool:
     )
 
 
+class _Memory:
+    """What the layers of a pass compute on the way, in memory that each takes from the one before.
+
+    A long prefill's largest results have some 100 MB; the system clears what is new, which takes longer than SiLU.
+    """
+
+    def __init__(self) -> None:
+        self._there: dict[tuple[int, int], torch.Tensor] = {}
+
+    def of(self, rows: int, width: int) -> torch.Tensor:
+        """Any numbers, float32 ``[rows, width]``; the same again for the same shape."""
+        if (rows, width) not in self._there:
+            self._there[rows, width] = torch.empty(rows, width)
+        return self._there[rows, width]
+
+
 class _Layer:
     """The modules of one decoder layer, looked up once."""
 
@@ -144,7 +159,12 @@ class _Layer:
         self.turned, self.head_dim = self.queries + self.kv_heads, self.attn.head_dim
 
     def add_to(
-        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], backend: RkscCpuAttnBackend, batch: Any
+        self,
+        hidden: torch.Tensor,
+        turn: tuple[torch.Tensor, torch.Tensor],
+        backend: RkscCpuAttnBackend,
+        batch: Any,
+        memory: _Memory,
     ) -> None:
         """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
         qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
@@ -153,8 +173,10 @@ class _Layer:
             turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :], self.attn, batch
         )
         hidden.add_(through(self.output, out))
-        gate, up = through(self.gate_up, _normed(hidden, self.before_mlp)).chunk(2, dim=-1)
-        hidden.add_(through(self.down, F.silu(gate).mul_(up)))
+        gate_up = memory.of(len(hidden), self.gate_up.weight.shape[0])
+        gate, up = through(self.gate_up, _normed(hidden, self.before_mlp), gate_up).chunk(2, dim=-1)
+        gated = torch.ops.aten.silu.out(gate, out=memory.of(len(hidden), gate.shape[1])).mul_(up)
+        hidden.add_(through(self.down, gated))
 
     def _with_norms(self, heads: torch.Tensor) -> torch.Tensor:
         """Queries and keys ``[rows, heads, dim]``, with their norms where the layer has some."""
@@ -231,11 +253,12 @@ class LeanStack:
             self.native.run(start, end, hidden, positions, backend, batch)
             return
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        memory = _Memory()
         for layer in self.layers[start:end]:
             turn = turns.get(id(layer.rotary))
             if turn is None:
                 turn = turns[id(layer.rotary)] = _turn(layer.rotary.cos_sin_cache, positions)
-            layer.add_to(hidden, turn, backend, batch)
+            layer.add_to(hidden, turn, backend, batch, memory)
 
     def _serves(self, backend: Any, batch: Any, modes: frozenset[ForwardMode]) -> bool:
         return (

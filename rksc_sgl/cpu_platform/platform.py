@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 _BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
-DEFAULT_MEM_FRACTION = 0.6  # of the machine's memory, for weights and KV; KV pages cost memory once written
 DEFAULT_CHUNKED_PREFILL = 2048
 
 
@@ -35,12 +34,15 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
             "device": "cpu",
             "dtype": "float32",
             "max_running_requests": DEFAULT_MAX_RUNNING_REQUESTS,
-            "mem_fraction_static": DEFAULT_MEM_FRACTION,
             "chunked_prefill_size": DEFAULT_CHUNKED_PREFILL,
         }
         for name, value in defaults.items():
             if getattr(server_args, name) in (None, "auto"):
                 setattr(server_args, name, value)
+        if server_args.mem_fraction_static is None:
+            from rksc_sgl.cpu_platform.pool_choice import memory_fraction
+
+            server_args.mem_fraction_static = memory_fraction(server_args)
         # An idle scheduler that polls takes a core from those that work: clients, the tokenizer, other servers.
         server_args.sleep_on_idle = True
         ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
@@ -64,11 +66,16 @@ class RkscCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return LazyMHATokenToKVPool
 
+    def init_backend(self) -> None:
+        from rksc_sgl.cpu_platform.packed_linear import hold_from_the_start
+
+        hold_from_the_start()
+
     def post_load_model(self, model: Any) -> None:
         from rksc_sgl.cpu_platform.lean_layers import use_lean_layers
         from rksc_sgl.cpu_platform.packed_linear import use_packed_linear
 
-        logger.info("%d linear layers work on packed weights", use_packed_linear(model))
+        logger.info("weights are %s", use_packed_linear(model))
         model.rksc_decoder_layers = use_lean_layers(model)
         logger.info("decoder layers are %s", model.rksc_decoder_layers)
 

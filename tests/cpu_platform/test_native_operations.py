@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import logging
 from dataclasses import dataclass
@@ -123,6 +124,13 @@ def new_slots(sequences: list[QuerySequence]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([one.slots[one.prefix :] for one in sequences]))
 
 
+def scratch_of(library: ctypes.CDLL, rows: int, layer: Layer) -> list[torch.Tensor]:
+    """Memory for what a pass computes on the way."""
+    widest = max(layer.hidden, layer.half, layer.shape.queries * layer.shape.dim)
+    ordered = torch.full((int(library.rksc_ordered_floats(rows, widest)),), torch.nan)
+    return [*(torch.full((rows, width), torch.nan) for width in (layer.hidden, 2 * layer.half, layer.half)), ordered]
+
+
 def check(
     library: ctypes.CDLL,
     sequences: list[QuerySequence],
@@ -147,7 +155,7 @@ def check(
     heads = (shape.queries, shape.kv_heads, shape.dim)
     reads = native_pass(sequences, heads, turn, new_slots(sequences), unit_keys)
     structs = (LayerStruct * 2)(*(layer.struct(*pool) for layer, pool in zip(layers, pools, strict=True)))
-    scratch = [torch.full((rows, width), torch.nan) for width in (layers[0].hidden, 2 * layers[0].half, layers[0].half)]
+    scratch = scratch_of(library, rows, layers[0])
     library.rksc_layers(ctypes.byref(reads.struct), structs, 2, hidden.data_ptr(), *(one.data_ptr() for one in scratch))
     torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-4)
     for pool, wanted_pool in zip(pools, wanted_pools, strict=True):
@@ -192,8 +200,34 @@ def test_memory_of_partial_results_is_taken_again_where_it_is_large_enough() -> 
     assert again.partial.numel() == large.partial.numel()
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 6, 7, 24, 25, 100, 252, 253, 600])
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 80), (97, 7), (1, 16), (250, 33)])
+def test_layers_of_16_bit_weights_are_those_of_the_same_numbers_in_float32(library: ctypes.CDLL) -> None:
+    """Also where a pass has so many rows that they are ordered first."""
+    shape, sequences = Shape(2, 2, 32), ragged(16, [60, 40, 3], [30, 9, 5], 1, 0)
+    rows, found = sum(one.tokens for one in sequences), []
+    torch.manual_seed(0)
+    layer, start = Layer(shape, normed=False, biased=True), torch.randn(rows, 40)
+    angles = torch.rand(rows, shape.dim // 2) * 6
+    reads = native_pass(sequences, (4, 2, 32), (angles.cos(), angles.sin()), new_slots(sequences), 128)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer.panels = {name: PanelWeight.of(one.bfloat16().to(dtype)) for name, one in layer.weights.items()}
+        keys, values, hidden = torch.zeros(SLOTS, 2, 32), torch.zeros(SLOTS, 2, 32), start.clone()
+        scratch = scratch_of(library, rows, layer)
+        struct = layer.struct(keys, values)
+        library.rksc_layers(
+            *(ctypes.byref(reads.struct), ctypes.byref(struct), 1, hidden.data_ptr()),
+            *(one.data_ptr() for one in scratch),
+        )
+        found.append((hidden, keys, values))
+    assert not torch.equal(found[0][0], start)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+SHAPES = [(96, 80), (97, 7), (1, 16), (250, 33), (800, 17), (385, 128)]
+ROWS = [0, 1, 2, 5, 6, 7, 11, 12, 13, 24, 25, 32, 33, 34, 100, 240, 241, 252, 253, 600]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_weight_in_panels_is_a_linear_layer(rows: int, inputs: int, outputs: int, biased: bool) -> None:
     torch.manual_seed(rows)
@@ -204,13 +238,75 @@ def test_a_weight_in_panels_is_a_linear_layer(rows: int, inputs: int, outputs: i
     torch.testing.assert_close(packed(x, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_16_bit_weights_give_what_the_same_numbers_give_in_float32_to_the_bit(
+    dtype: torch.dtype, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(outputs)
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs)
+    half, whole = PanelWeight.of(weight), PanelWeight.of(weight.float())
+    assert half is not None and whole is not None and half.panels.dtype == dtype
+    for rows in (*range(301), 600):
+        x = torch.randn(rows, inputs)
+        assert torch.equal(half(x, bias), whole(x, bias)), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_the_float32_that_it_is(dtype: torch.dtype) -> None:
+    """Also subnormal and infinite ones; a number that is none stays none."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    packed = PanelWeight.of(numbers)
+    assert packed is not None
+    expected = numbers.float()
+    for found in (packed(torch.ones(1, 1), None).view(-1, 1), packed.rows(torch.arange(1 << 16))):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [1, 16, 50])
+def test_rows_are_read_out_of_panels_and_all_of_them_give_the_weight_again(dtype: torch.dtype, outputs: int) -> None:
+    weight = torch.randn(outputs, 37).to(dtype)
+    packed = PanelWeight.of(weight)
+    assert packed is not None
+    numbers = torch.randint(0, outputs, (3, 5))
+    assert torch.equal(packed.rows(numbers), F.embedding(numbers, weight).float())
+    assert packed.rows(numbers[:0]).shape == (0, 5, 37)
+    assert packed.unpacked().dtype == dtype and torch.equal(packed.unpacked(), weight)
+    for wrong in (-1, outputs):
+        with pytest.raises(IndexError, match=f"of a weight that has {outputs}"):
+            packed.rows(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("flags", [(), ("-march=native", "-mno-avx512f")], ids=["plain C", "AVX2"])
+def test_other_processors_find_the_same(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if flags and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512: what it takes is tested by all others")
+    monkeypatch.setattr(build, "FLAGS", ("-O2", "-fopenmp", "-shared", "-fPIC", *flags))
+    other = build._declared(ctypes.CDLL(str(build.build(tmp_path))))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(50, 391).to(dtype)
+        ours = PanelWeight.of(weight)
+        assert ours is not None
+        theirs = dataclasses.replace(ours, library=other)
+        for rows in (1, 5, 12, 30, 50, 300):
+            x = torch.randn(rows, 391)
+            torch.testing.assert_close(theirs(x, None), ours(x, None), rtol=1e-5, atol=1e-4)
+            if flags:
+                assert torch.equal(theirs(x, None), ours(x, None)), "the same multiplications and additions"
+        assert torch.equal(theirs.rows(torch.arange(50)), weight.float())
+
+
 def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 300)
     packed = PanelWeight.of(torch.randn(50, 300))
     assert packed is not None
     alone = torch.cat([packed(row[None], None) for row in x])
-    for rows in (2, 3, 4, 5, 6, 7, 8, 24, 25, 253, 400):
+    for rows in (2, 3, 4, 5, 6, 7, 8, 13, 24, 25, 32, 33, 100, 241, 253, 400):
         assert torch.equal(packed(x[:rows], None), alone[:rows])
     assert torch.equal(packed(x[::2], None), alone[::2]), "rows that do not lie one after another"
 
@@ -235,7 +331,7 @@ def test_the_gate_is_silu_also_at_the_ends_of_its_range(library: ctypes.CDLL) ->
         128,
     )
     keys, values, hidden = torch.zeros(SLOTS, 1, 16), torch.zeros(SLOTS, 1, 16), torch.zeros(1, half)
-    scratch = [torch.full((1, width), torch.nan) for width in (half, 2 * half, half)]
+    scratch = scratch_of(library, 1, layer)
     library.rksc_layers(
         ctypes.byref(reads.struct),
         ctypes.byref(layer.struct(keys, values)),

@@ -88,50 +88,52 @@ def test_a_packed_weight_is_a_linear_layer(rows: int, biased: bool, kind: str) -
     assert packed(x.view(1, rows, 96), bias).shape == (1, rows, 80)
 
 
-@pytest.mark.slow
-def test_without_a_library_onednn_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rksc_sgl.cpu_platform.native import build
-    from rksc_sgl.cpu_platform.packed_linear import OneDnnWeight, PanelWeight, pack
-
-    weight = torch.randn(8, 8)
-    assert isinstance(pack(weight), PanelWeight)
-    monkeypatch.setattr(build, "library", lambda: None)
-    assert isinstance(pack(weight), OneDnnWeight)
+def _layer(dtype: torch.dtype, method: object) -> torch.nn.Linear:
+    made = torch.nn.Linear(4, 4, dtype=dtype)
+    made.quant_method = method  # type: ignore[assignment]
+    return made
 
 
 def _layers() -> tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    def layer(dtype: torch.dtype, method: object) -> torch.nn.Linear:
-        made = torch.nn.Linear(4, 4, dtype=dtype)
-        made.quant_method = method  # type: ignore[assignment]
-        return made
-
     return (
-        layer(torch.float32, UnquantizedLinearMethod()),
-        layer(torch.bfloat16, UnquantizedLinearMethod()),
-        layer(torch.float32, object()),
+        _layer(torch.float32, UnquantizedLinearMethod()),
+        _layer(torch.bfloat16, UnquantizedLinearMethod()),
+        _layer(torch.float32, object()),
     )
 
 
 @pytest.mark.slow
-def test_only_plain_float32_layers_are_packed_and_they_follow_an_update() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_only_plain_float32_layers_are_packed_and_they_follow_an_update(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rksc_sgl.cpu_platform.held_weight import held_of
+    from rksc_sgl.cpu_platform.native import build
     from rksc_sgl.cpu_platform.packed_linear import ONEDNN_ROWS, PackedLinearMethod, use_packed_linear
 
+    if not compiled:
+        monkeypatch.setattr(build, "library", lambda: None)
     plain, half, other = _layers()
     model = torch.nn.ModuleList([plain, half, other, torch.nn.Linear(4, 4)])
-    assert use_packed_linear(model) == 1
+    before = plain.weight.detach().clone()
+    packed = "float32 panels, multiplied in float32" if compiled else "float32 rows with oneDNN's copies"
+    found = use_packed_linear(model)
+    assert f"1 of {packed}" in found and "1 of SGLang's own, bfloat16" in found
     assert isinstance(plain.quant_method, PackedLinearMethod)
+    assert (held_of(plain) is not None) is compiled
     assert not isinstance(half.quant_method, PackedLinearMethod)
     assert type(other.quant_method) is object
     x = torch.randn(3, 4)
     many = torch.randn(ONEDNN_ROWS + 1, 4)
     with torch.inference_mode():
-        torch.testing.assert_close(plain.quant_method.apply(plain, many), F.linear(many, plain.weight))
-        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))
-        plain.weight.data.copy_(torch.randn(4, 4))
+        torch.testing.assert_close(plain.quant_method.apply(plain, many), F.linear(many, before))
+        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, before))
+        after = torch.randn(4, 4)
+        plain.weight.data.copy_(after)
         plain.quant_method.process_weights_after_loading(plain)
-        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, plain.weight))
+        torch.testing.assert_close(plain.quant_method.apply(plain, x), F.linear(x, after))
 
 
 @pytest.mark.slow
@@ -139,13 +141,59 @@ def test_layers_stay_as_they_are_where_copies_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from rksc_sgl.cpu_platform import packed_linear
+    from rksc_sgl.cpu_platform.native import build
 
+    monkeypatch.setattr(build, "library", lambda: None)
     monkeypatch.setattr(packed_linear, "_MEMORY_SHARE", 0.0)
     plain, _, _ = _layers()
     before = plain.quant_method
-    assert packed_linear.use_packed_linear(torch.nn.ModuleList([plain])) == 0
+    assert packed_linear.use_packed_linear(torch.nn.ModuleList([plain])) == "SGLang's own, float32"
     assert plain.quant_method is before
     assert "packed copies would take" in caplog.text
+
+
+@pytest.mark.slow
+def test_plain_layers_are_made_with_panels_and_others_as_sglang_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+
+    from rksc_sgl.cpu_platform import packed_linear
+    from rksc_sgl.cpu_platform.held_weight import held_of
+    from rksc_sgl.cpu_platform.native import build
+
+    for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        monkeypatch.setattr(kind, "create_weights", kind.create_weights)
+    monkeypatch.setattr(packed_linear, "declared_type", lambda: torch.bfloat16)
+    packed_linear.hold_from_the_start()
+    packed_linear.hold_from_the_start()
+
+    def made(kind: type, dtype: torch.dtype) -> torch.nn.Module:
+        layer = torch.nn.Module()
+        layer.quant_method = kind()
+        layer.quant_method.create_weights(layer, 4, [16, 8], 4, 24, params_dtype=dtype, weight_loader=_copy_all)
+        return layer
+
+    numbers, x, tokens = torch.randn(24, 4).bfloat16(), torch.randn(3, 4), torch.tensor([0, 23])
+    for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        layer = made(kind, torch.float32)
+        held = held_of(layer)
+        assert held is not None and held.dtype is None and held.declared == torch.bfloat16
+        layer.weight.weight_loader(layer.weight, numbers)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert held.in_rows is (kind is UnquantizedEmbeddingMethod)
+        if held.in_rows:
+            assert torch.equal(layer.quant_method.embedding(layer, tokens), numbers[tokens].float())
+        torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ numbers.float().T)
+        assert not held.in_rows and held.dtype == torch.bfloat16
+        if kind is UnquantizedEmbeddingMethod:
+            assert torch.equal(layer.quant_method.embedding(layer, tokens), numbers[tokens].float())
+        assert held_of(made(kind, torch.bfloat16)) is None
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert held_of(made(UnquantizedLinearMethod, torch.float32)) is None
+
+
+def _copy_all(param: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+    assert param.output_dim == 0 and param.input_dim == 1
+    param.data.copy_(loaded)
 
 
 @pytest.mark.slow

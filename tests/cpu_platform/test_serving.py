@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rksc_sgl.cli.serve import server_arguments
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 from rksc_sgl.testing import write_tiny_model
 
@@ -102,8 +101,8 @@ def test_a_stream_grows_to_the_same_text(tiny_server: ServerProcess) -> None:
 
 def test_an_aborted_request_frees_the_server(tiny_server: ServerProcess) -> None:
     body = {"input_ids": LONG[:30], "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True}}
-    with contextlib.suppress(httpx.ReadTimeout):
-        httpx.post(f"{tiny_server.url}/generate", json=body, timeout=1.5)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{tiny_server.url}/generate", json=body, timeout=1.0)
     deadline = time.monotonic() + 30
     while httpx.post(f"{tiny_server.url}/flush_cache", timeout=30.0).status_code != 200:  # refused while one runs
         assert time.monotonic() < deadline, "the aborted request still runs"
@@ -149,6 +148,84 @@ def test_other_architectures_give_the_tokens_of_transformers(architecture: str, 
         layers = server.get_json("/rksc/info")["schedulers"][0]["decoder_layers"]
     unknown = "SGLang's own: Gemma2Model is not one of the known stacks"
     assert layers == (unknown if architecture == "gemma2" else "lean, compiled")
+
+
+def in_16_bits(path: Path, dtype: torch.dtype) -> Path:
+    """The same model with its weights rounded to a 16-bit type."""
+    AutoModelForCausalLM.from_pretrained(path, dtype=dtype).save_pretrained(path)
+    return path
+
+
+def test_a_bfloat16_checkpoint_stays_in_16_bits_and_gives_the_tokens_of_float32_arithmetic(tmp_path: Path) -> None:
+    first, second, third = (
+        in_16_bits(write_tiny_model(tmp_path / str(seed), "qwen2", seed=seed), dtype)
+        for seed, dtype in ((0, torch.bfloat16), (1, torch.bfloat16), (2, torch.float32))
+    )
+    arguments = server_arguments(["--model-path", str(first), "--max-total-tokens", "20000"])
+    with ServerProcess(arguments) as server:
+        assert "9 of bfloat16 panels, multiplied in float32; 1 of bfloat16 rows" in server.log_tail(200)
+        assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(first, LONG, 12)
+        assert generate(server, LONG * 3, 4)["output_ids"] == transformers_greedy(first, LONG * 3, 4)
+        for other in (second, third, first):
+            update_weights(server, other)
+            assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(other, LONG, 12)
+        other_weights = AutoModelForCausalLM.from_pretrained(second, dtype=torch.bfloat16).state_dict()
+        update_weights_from_tensors(server, list(other_weights.items()))
+        assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(second, LONG, 12)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("qwen2", torch.bfloat16), ("llama", torch.float16)])
+def test_a_16_bit_checkpoint_that_is_split_over_two_ranks_gives_the_tokens_of_one(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tied = architecture == "llama"
+    first, second = (
+        in_16_bits(write_tiny_model(tmp_path / str(seed), architecture, seed=seed, tie_word_embeddings=tied), dtype)
+        for seed in (0, 1)
+    )
+    assert transformers_greedy(first, LONG, 12) != transformers_greedy(second, LONG, 12)
+    arguments = server_arguments(["--model-path", str(first), "--max-total-tokens", "20000", "--tp", "2"])
+    with ServerProcess(arguments) as server:
+        assert f"{str(dtype).removeprefix('torch.')} panels, multiplied in float32" in server.log_tail(200)
+        assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(first, LONG, 12)
+        update_weights(server, second)
+        assert generate(server, LONG * 3, 4)["output_ids"] == transformers_greedy(second, LONG * 3, 4)
+
+
+def update_weights_from_tensors(server: ServerProcess, named: list[tuple[str, torch.Tensor]]) -> None:
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    body = {"serialized_named_tensors": [MultiprocessingSerializer.serialize(named, output_str=True)]}
+    for route, content in (
+        ("begin_weight_update", {}),
+        ("update_weights_from_tensor", body),
+        ("end_weight_update", {}),
+    ):
+        answer = httpx.post(f"{server.url}/{route}", json=content, timeout=120.0)
+        assert answer.json()["success"], f"{route}: {answer.text}"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_float16_head_that_is_the_embedding_is_held_once(architecture: str, tmp_path: Path) -> None:
+    path = in_16_bits(write_tiny_model(tmp_path / "tied", architecture, tie_word_embeddings=True), torch.float16)
+    arguments = server_arguments(["--model-path", str(path), "--max-total-tokens", "20000"])
+    with ServerProcess(arguments) as server:
+        assert "weights are float16 panels, multiplied in float32" in server.log_tail(200)
+        assert generate(server, LONG, 12)["output_ids"] == transformers_greedy(path, LONG, 12)
+
+
+def test_made_up_weights_have_the_checkpoints_type(tmp_path: Path) -> None:
+    path = in_16_bits(write_tiny_model(tmp_path / "model"), torch.bfloat16)
+    (path / "model.safetensors").unlink()
+    arguments = server_arguments(["--model-path", str(path), "--max-total-tokens", "20000", "--load-format", "dummy"])
+    with ServerProcess(arguments) as server:
+        assert "9 of bfloat16 panels" in server.log_tail(200)
+        assert len(generate(server, LONG, 12)["output_ids"]) == 12
+        body = {"name": "model.layers.0.self_attn.o_proj.weight", "truncate_size": 4}
+        rows = torch.tensor(httpx.post(f"{server.url}/get_weights_by_name", json=body, timeout=60.0).json()[0])
+    assert torch.equal(rows, rows.bfloat16().float()), "they are stored in the checkpoint's type"
+    assert bool((rows != 0).any()) and rows.unique().numel() > 4, "and they are made up, not left empty"
 
 
 PROMPTS = [

@@ -177,7 +177,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
     def plans_of(self, forward_batch: Any) -> BatchPlans:
         """The pass's plans so far.
 
-        Another batch may have come between two intervals of a split prefill; its plans are of no use then.
+        Another batch may have come between two intervals of a split prefill; its plans are not valid then.
         """
         if self.forward_metadata is None or not self.forward_metadata.serves(forward_batch):
             self.init_forward_metadata(forward_batch)

@@ -1,4 +1,4 @@
-"""``layers.c`` as a library of this machine: compiled once, kept in the user's cache, tried before it is used."""
+"""``layers.c`` as a library of this machine: compiled once, kept in the user's cache, then loaded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from rksc_sgl.cache_directory import cache_directory
 from rksc_sgl.errors import NativeBuildError
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "RKSC_NATIVE"  # 0: PyTorch operations only
 SOURCE = Path(__file__).with_name("layers.c")
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("linear.h", "take_over.h"))
 # The processor's own instructions; threads of the OpenMP runtime that PyTorch has loaded (the same soname).
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 120.0
@@ -51,7 +51,7 @@ def build(directory: Path | None = None) -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NativeBuildError("there is no C compiler (cc, gcc, clang, or what CC names)")
-    directory = directory or user_cache_path("rksc") / "native"
+    directory = directory or cache_directory("native")
     target = directory / f"layers-{_fingerprint(compiler)}.so"
     if target.exists():
         return target
@@ -78,7 +78,7 @@ def _compile(command: list[str]) -> None:
 
 def _fingerprint(compiler: str) -> str:
     """Of everything that the library depends on; a cache directory may be shared by different machines."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *INCLUDED)))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     for part in (*FLAGS, version, platform.machine(), _processor()):
         digest.update(part.encode())
@@ -96,10 +96,15 @@ def _processor() -> str:
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     address, size = ctypes.c_void_p, ctypes.c_int64
-    found.rksc_linear.argtypes = [address, address, address, size]
-    found.rksc_layers.argtypes = [address, address, size, *[address] * 4]
-    for function in (found.rksc_linear, found.rksc_layers):
-        function.restype = None
-    for number in (found.rksc_panel, found.rksc_unit_keys):
+    found.rksc_linear.argtypes = [address, address, address, size, address]
+    found.rksc_layers.argtypes = [address, address, size, *[address] * 5]
+    found.rksc_rows.argtypes = [address, address, address, size]
+    found.rksc_ordered_floats.argtypes = [size, size]
+    found.rksc_take_over.argtypes = [address]
+    for function in (found.rksc_pack, found.rksc_unpack):
+        function.argtypes = [address, address, size, size, size]
+    for name in ("linear", "layers", "rows", "take_over", "pack", "unpack"):
+        getattr(found, f"rksc_{name}").restype = None
+    for number in (found.rksc_panel, found.rksc_unit_keys, found.rksc_most_pairs, found.rksc_ordered_floats):
         number.restype = size
     return found

@@ -1,9 +1,11 @@
-/* Decoder layers for passes of few rows (linear layers, norms, rotation, KV, attention, SiLU), and linear layers alone.
+/* Decoder layers for passes of few rows (linear layers, norms, rotation, KV, attention, SiLU), linear layers alone, and
+ * KV that is taken over.
  *
- * Plain C with GCC's vector extensions; no header of PyTorch or Python. All numbers are float32, all sizes in elements.
- * The eager references are in the tests. Threads are OpenMP's, shared with PyTorch (see build.py).
+ * Plain C with GCC's vector extensions; no header of PyTorch or Python. All numbers but weights are float32, all sizes in
+ * elements. The eager references are in the tests. Threads are OpenMP's, shared with PyTorch (see build.py).
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX__
@@ -11,13 +13,7 @@
 #endif
 
 #define LANES 8
-#define KEYS 128    /* of a unit of work */
-#define PANEL 16    /* outputs of a linear layer that are computed together */
-#define VECS (PANEL / LANES)
-#define BLOCK 96    /* inputs after which the next of few rows are taken: their weights stay in the nearest cache */
-#define TILE 6      /* most rows that are: their sums and what feeds them fill the registers of a core with sixteen */
-#define SPAN 252    /* rows after which the next panels are taken: their inputs stay in a cache; a multiple of TILE */
-#define AHEAD 48    /* inputs for which a panel's weights are fetched in advance */
+#define KEYS 128 /* of a unit of work */
 #define NEVER (-1e30f)
 
 typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
@@ -26,6 +22,9 @@ typedef int32_t ivec __attribute__((vector_size(32), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x}; }
+
+#include "linear.h"
+#include "take_over.h"
 
 INLINE float sum(vec a) {
     float total = 0.0f;
@@ -68,7 +67,7 @@ INLINE void norm_row(const float *hidden, const float *weight, float *out, int n
     for (; i < n; i++) out[i] = hidden[i] * factor * weight[i];
 }
 
-/* out [rows, n] = norms of hidden [rows, n]. Within a parallel region, as all functions that share out their work. */
+/* out [rows, n] = norms of hidden [rows, n]. */
 static void norms(const float *hidden, const float *weight, float eps, float *out, int64_t rows, int64_t n) {
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) norm_row(hidden + row * n, weight, out + row * n, (int)n, eps);
@@ -88,109 +87,6 @@ static void silu_mul(const float *gate_up, float *out, int64_t rows, int64_t hal
         for (; i < half; i++) target[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
     }
 }
-
-/* ------------------------------------------------------------------------------------------------- linear layers */
-
-/* A weight [outs, in] in panels [outs / PANEL rounded up, in, PANEL], the last one filled up with zeros. */
-typedef struct {
-    const float *panels, *bias; /* bias: [outs] or null */
-    int64_t in, outs;
-} Linear;
-
-/* sums[r] += x[r][k] * panel[k], for one k. */
-INLINE void multiply(vec sums[TILE][VECS], const float *x, const float *panel, int64_t in, int64_t k, int rows) {
-    vec first = *(const vec *)(panel + k * PANEL), second = *(const vec *)(panel + k * PANEL + LANES);
-    for (int r = 0; r < rows; r++) {
-        vec input = all(x[r * in + k]);
-        sums[r][0] += input * first;
-        sums[r][1] += input * second;
-    }
-}
-
-/* Inputs `begin` to `end` of `rows` rows: found [rows, PANEL] is set at the first and added to at others. `fetch`: the
- * panel's next inputs are asked for. */
-INLINE void tile(const float *x, const float *panel, float *found, int64_t in, int64_t begin, int64_t end, int rows,
-                 int fetch) {
-    vec sums[TILE][VECS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECS; v++) sums[r][v] = begin ? *(const vec *)(found + r * PANEL + v * LANES) : all(0.0f);
-    int64_t k = begin;
-    if (rows <= 4) /* registers are left for two steps at once */
-        for (; k + 2 <= end; k += 2) {
-            if (fetch) {
-                __builtin_prefetch(panel + (k + AHEAD) * PANEL);
-                __builtin_prefetch(panel + (k + AHEAD + 1) * PANEL);
-            }
-            multiply(sums, x, panel, in, k, rows);
-            multiply(sums, x, panel, in, k + 1, rows);
-        }
-    for (; k < end; k++) {
-        if (fetch) __builtin_prefetch(panel + (k + AHEAD) * PANEL);
-        multiply(sums, x, panel, in, k, rows);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECS; v++) *(vec *)(found + r * PANEL + v * LANES) = sums[r][v];
-}
-
-INLINE void tile_of(const float *x, const float *panel, float *found, int64_t in, int64_t begin, int64_t end, int rows,
-                    int fetch) {
-    switch (rows) { /* each a loop of its own, with its sums in registers */
-    case 1: tile(x, panel, found, in, begin, end, 1, fetch); break;
-    case 2: tile(x, panel, found, in, begin, end, 2, fetch); break;
-    case 3: tile(x, panel, found, in, begin, end, 3, fetch); break;
-    case 4: tile(x, panel, found, in, begin, end, 4, fetch); break;
-    case 5: tile(x, panel, found, in, begin, end, 5, fetch); break;
-    default: tile(x, panel, found, in, begin, end, TILE, fetch);
-    }
-}
-
-/* At most SPAN rows through one panel. Sums run over the inputs in order whatever the number of rows: what is found for
- * a row does not depend on the rows beside it. */
-INLINE void through_panel(const Linear *linear, int64_t number, const float *x, float *out, int rows, int add) {
-    const int64_t in = linear->in, outs = linear->outs, first = number * PANEL;
-    const float *panel = linear->panels + first * in, *bias = linear->bias ? linear->bias + first : 0;
-    float found[SPAN * PANEL] __attribute__((aligned(32)));
-    const int64_t block = rows <= 4 * TILE ? BLOCK : in; /* many rows compute for longer than their weights are read */
-    for (int64_t begin = 0; begin < in; begin += block) {
-        int64_t end = begin + block < in ? begin + block : in;
-        int done = 0;
-        for (int tiles = (rows + TILE - 1) / TILE; tiles > 0; tiles--) {
-            int some = (rows - done + tiles - 1) / tiles;
-            if (done == 0)
-                tile_of(x, panel, found, in, begin, end, some, 1);
-            else
-                tile_of(x + done * in, panel, found + done * PANEL, in, begin, end, some, 0);
-            done += some;
-        }
-    }
-    int64_t width = outs - first < PANEL ? outs - first : PANEL;
-    for (int r = 0; r < rows; r++) {
-        float *target = out + r * outs + first, *one = found + r * PANEL;
-        for (int64_t i = 0; i < width; i++) {
-            float value = one[i] + (bias ? bias[i] : 0.0f);
-            target[i] = add ? target[i] + value : value;
-        }
-    }
-}
-
-/* out [rows, outs] = x [rows, in] through the layer, or that much more. */
-INLINE void through(const Linear *linear, const float *x, float *out, int64_t rows, int add) {
-    int64_t panels = (linear->outs + PANEL - 1) / PANEL, spans = (rows + SPAN - 1) / SPAN;
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t work = 0; work < panels * spans; work++) {
-        int64_t first = work / panels * SPAN, left = rows - first;
-        through_panel(linear, work % panels, x + first * linear->in, out + first * linear->outs,
-                      (int)(left < SPAN ? left : SPAN), add);
-    }
-}
-
-void rksc_linear(const Linear *linear, const float *x, float *out, int64_t rows) {
-#pragma omp parallel
-    through(linear, x, out, rows, 0);
-}
-
-/* Outputs of a panel: how a weight must be laid out. */
-int64_t rksc_panel(void) { return PANEL; }
 
 /* ---------------------------------------------------------------------------------------------------- attention */
 
@@ -389,25 +285,26 @@ INLINE void attend(const Pass *pass, const Layer *layer, int dim) {
 }
 
 /* Adds to hidden [rows, hidden size] what `count` layers give. Memory for results on the way: normed
- * [rows, hidden size], gate_up [rows, 2 * half], gated [rows, half]. */
+ * [rows, hidden size], gate_up [rows, 2 * half], gated [rows, half], ordered (see ordered_floats, of the layer's widest
+ * input). */
 void rksc_layers(const Pass *pass, const Layer *layers, int64_t count, float *hidden, float *normed, float *gate_up,
-                 float *gated) {
+                 float *gated, float *ordered) {
 #pragma omp parallel
     for (const Layer *layer = layers; layer < layers + count; layer++) {
         int64_t rows = pass->rows, width = layer->qkv.in;
         norms(hidden, layer->before_attention, layer->attention_eps, normed, rows, width);
-        through(&layer->qkv, normed, pass->qkv, rows, 0);
+        through(&layer->qkv, normed, pass->qkv, rows, 0, ordered);
         if (pass->dim == 64)
             attend(pass, layer, 64);
         else if (pass->dim == 128)
             attend(pass, layer, 128);
         else
             attend(pass, layer, (int)pass->dim);
-        through(&layer->output, pass->attended, hidden, rows, 1);
+        through(&layer->output, pass->attended, hidden, rows, 1, ordered);
         norms(hidden, layer->before_mlp, layer->mlp_eps, normed, rows, width);
-        through(&layer->gate_up, normed, gate_up, rows, 0);
+        through(&layer->gate_up, normed, gate_up, rows, 0, ordered);
         silu_mul(gate_up, gated, rows, layer->down.in);
-        through(&layer->down, gated, hidden, rows, 1);
+        through(&layer->down, gated, hidden, rows, 1, ordered);
     }
 }
 

@@ -59,13 +59,15 @@ class NativeStack:
         rows, wide = reads.struct.rows, self.layers[0].gate_up.weight.shape[0]
         assert hidden.is_contiguous() and hidden.dtype == torch.float32
         normed, gate_up, gated = (torch.empty(rows, width) for width in (hidden.shape[1], wide, wide // 2))
+        widest = max(self.layers[0].down.weight.shape[1], self.layers[0].output.weight.shape[1], hidden.shape[1])
+        ordered = torch.empty(int(self.library.rksc_ordered_floats(rows, widest)))
         pool = backend.token_to_kv_pool
         structs = (LayerStruct * (end - start))(*(_struct(layer, pool) for layer in self.layers[start:end]))
         self.library.rksc_layers(
             ctypes.byref(reads.struct),
             structs,
             end - start,
-            *(one.data_ptr() for one in (hidden, normed, gate_up, gated)),
+            *(one.data_ptr() for one in (hidden, normed, gate_up, gated, ordered)),
         )
 
     def _reads(self, positions: torch.Tensor, backend: Any, batch: Any) -> NativePass:
