@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from rksc_sgl.cache_directory import cache_directory
 from rksc_sgl.errors import OptionError
 
 DEFAULT_RISK = 0.01  # of verifications that name none
@@ -20,7 +19,7 @@ TRACE_VARIABLE = "RKSC_TRACE"
 
 def profile_directory() -> Path:
     """Where ``rksc calibrate`` writes profiles and a server looks for its own."""
-    return user_cache_path("rksc") / "profiles"
+    return cache_directory("profiles")
 
 
 @dataclass(frozen=True)

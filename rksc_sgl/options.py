@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from rksc_sgl.errors import OptionError
 
 KEY = "rksc"
+CONFIDENCE = "rksc_confidence"  # of each token, in meta_info
 SHARE_MODES = ("auto", "exact", "blend", "merge")
 SHARE_SCOPES = ("group", "cache")
 OPERATIONS = ("branch", "verify")
 EXITS = ("certified", "published", "off")
-SCOPES = ("verdict", "selection")
+Scope: TypeAlias = Literal["verdict", "selection"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_THETA, DEFAULT_EPS = 8.0, 3.0  # nats; arXiv 2606.09937
 DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, DEFAULT_DEVIATION = 16, 0.05, 0.0
 DEFAULT_TAU = 0.75
@@ -27,6 +29,7 @@ MAX_LABEL_IDS = 64
 MAX_TRACE_LAYERS = 64
 MAX_GROUP_LENGTH = 128
 MAX_BRANCHES = 4096
+MAX_SHOWN = 120  # characters of a wrong value that a message repeats
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,14 @@ class RequestOptions:
 
     Attributes:
         group: identifier of the fork that this branch belongs to; None for a request on its own.
+        root: of a fork that was made of a fork's branch: the group of the first one, whose data-parallel rank it takes.
         branch: index of this branch in its fork, from 0.
         branches: number of branches in the fork.
         share: how the branch may reuse KV of its siblings. ``exact`` only ever reuses the KV of identical prefixes;
             ``blend`` also takes over the KV of tokens that a sibling has at other places, which is approximate;
             ``merge`` replaces the branch's prompt by a sibling's that asks the same in other words; ``auto`` takes
-            identical prefixes, and blends where some hundred tokens and most of what is left are a donor's too.
-        allow_merge: whether ``auto`` may merge too, and blends only what cannot be merged.
+            what changes no answer: identical prefixes.
+        allow_merge: whether ``auto`` and ``blend`` may merge too; a blend is what cannot be merged.
         tau: with merges: the least similarity of hidden states, from -1 to 1, beside what the content guard demands.
         share_scope: whose KV a blend or merge may take: the ``group``'s, or any prompt's of the same namespace that is
             in the ``cache``.
@@ -49,6 +53,8 @@ class RequestOptions:
         recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
             because their state moved. Numbers and the few that follow a change always are, and count in it.
         deviation: with blends: how far a token's values must be from the donor's, relative to these, to have moved.
+        confidence: whether ``meta_info["rksc_confidence"]`` has, for each generated token, the probability of the most
+            likely one, as ``top_logprobs_num=1`` would say it; with op ``branch``.
         op: ``branch`` for generation, ``verify`` for the verification of a branch.
         exit: of a verification: ``certified`` stops at an intermediate layer where the server's profile allows it;
             ``published`` follows the published entropy rule, which is certified by nothing; ``off`` never stops.
@@ -62,6 +68,7 @@ class RequestOptions:
     """
 
     group: str | None = None
+    root: str | None = None
     branch: int = 0
     branches: int = 1
     share: str = "auto"
@@ -71,6 +78,7 @@ class RequestOptions:
     minimum_span: int = DEFAULT_MINIMUM_SPAN
     recompute: float = DEFAULT_RECOMPUTE
     deviation: float = DEFAULT_DEVIATION
+    confidence: bool = False
     op: str = "branch"
     exit: str = "certified"
     risk: float | None = None
@@ -82,10 +90,11 @@ class RequestOptions:
     trace: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.group is not None:
-            _check_type("group", self.group, str, "a string")
-            if not 0 < len(self.group) <= MAX_GROUP_LENGTH:
-                raise OptionError(f"{KEY}.group: must have 1 to {MAX_GROUP_LENGTH} characters, got {len(self.group)}")
+        for key, value in (("group", self.group), ("root", self.root)):
+            if value is not None:
+                _check_type(key, value, str, "a string")
+                if not 0 < len(value) <= MAX_GROUP_LENGTH:
+                    raise OptionError(f"{KEY}.{key}: must have 1 to {MAX_GROUP_LENGTH} characters, got {len(value)}")
         _check_type("branches", self.branches, int, "an integer")
         if not 1 <= self.branches <= MAX_BRANCHES:
             raise OptionError(f"{KEY}.branches: must be 1 to {MAX_BRANCHES}, got {self.branches}")
@@ -94,14 +103,15 @@ class RequestOptions:
             raise OptionError(f"{KEY}.branch: must be 0 to branches - 1 = {self.branches - 1}, got {self.branch}")
         self._check_sharing()
         _check_choice("op", self.op, OPERATIONS)
+        _check_type("confidence", self.confidence, bool, "true or false")
+        if self.confidence and self.op != "branch":
+            raise OptionError(f"{KEY}.confidence: is for op branch only, and this is op {self.op}")
         self._check_exit()
 
     @property
     def blends(self) -> bool:
-        """Whether KV of a donor's equal tokens may be taken over; ``auto`` needs a fork or the cache to have donors."""
-        return self.share == "blend" or (
-            self.share == "auto" and (self.group is not None or self.share_scope == "cache")
-        )
+        """Whether KV of a donor's equal tokens may be taken over."""
+        return self.share == "blend"
 
     @property
     def merges(self) -> bool:
@@ -112,8 +122,8 @@ class RequestOptions:
         _check_choice("share", self.share, SHARE_MODES)
         _check_choice("share_scope", self.share_scope, SHARE_SCOPES)
         _check_type("allow_merge", self.allow_merge, bool, "true or false")
-        if self.allow_merge and self.share not in ("auto", "merge"):
-            raise OptionError(f"{KEY}.allow_merge: is for share auto, and this is share {self.share}")
+        if self.allow_merge and self.share == "exact":
+            raise OptionError(f"{KEY}.allow_merge: is for share auto or blend, and this is share {self.share}")
         if self.share_scope == "cache" and self.share == "exact":
             raise OptionError(f"{KEY}.share_scope: is for blends and merges; exact reuse always sees the whole cache")
         _check_number("tau", self.tau)
@@ -140,7 +150,7 @@ class RequestOptions:
             object.__setattr__(self, key, _integers(key, getattr(self, key), most))
         both = set(self.yes_ids) & set(self.no_ids)
         if both:
-            raise OptionError(f"{KEY}.yes_ids: must share no token with no_ids, got {sorted(both)} in both")
+            raise OptionError(f"{KEY}.yes_ids: must share no token with no_ids, got {shown(sorted(both))} in both")
         if self.exit == "published" and not (self.yes_ids and self.no_ids):
             raise OptionError(f"{KEY}.yes_ids: exit published needs yes_ids and no_ids, the tokens of the labels")
         if self.op != "verify":
@@ -158,9 +168,9 @@ class RequestOptions:
         if not isinstance(values, Mapping):
             raise OptionError(f"{KEY}: must be an object of options, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
-        for key in values:
+        for key in map(str, values):
             if key not in known:
-                raise OptionError(f"{KEY}.{key}: unknown option; the options are {', '.join(known)}")
+                raise OptionError(f"{KEY}.{key[:MAX_SHOWN]}: unknown option; the options are {', '.join(known)}")
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -184,24 +194,30 @@ def options_of(custom_params: Any) -> RequestOptions | None:
     return RequestOptions.from_mapping(custom_params[KEY])
 
 
+def shown(value: Any) -> str:
+    """A value as it is shown in a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
+
+
 def _check_type(key: str, value: Any, expected: type, name: str) -> None:
     # bool is an int to Python, not to a caller
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise OptionError(f"{KEY}.{key}: must be {name}, got {value!r}")
+        raise OptionError(f"{KEY}.{key}: must be {name}, got {shown(value)}")
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise OptionError(f"{KEY}.{key}: must be one of {', '.join(choices)}, got {value!r}")
+        raise OptionError(f"{KEY}.{key}: must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def _check_number(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise OptionError(f"{KEY}.{key}: must be a finite number, got {value!r}")
+        raise OptionError(f"{KEY}.{key}: must be a finite number, got {shown(value)}")
 
 
 def _integers(key: str, values: Any, most: int) -> tuple[int, ...]:
     right = isinstance(values, (list, tuple)) and all(type(value) is int and value >= 0 for value in values)
     if not right or len(values) > most:
-        raise OptionError(f"{KEY}.{key}: must be a list of at most {most} integers from 0 on, got {values!r}")
+        raise OptionError(f"{KEY}.{key}: must be a list of at most {most} integers from 0 on, got {shown(values)}")
     return tuple(values)

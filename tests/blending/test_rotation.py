@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rksc_sgl.blending.rotation import Rotation, RotationError, refusal_of, rotation_of
+from rksc_sgl.blending.rotation import Rotation
+from rksc_sgl.errors import RotationError
+from rksc_sgl.sglang_plugin.passes.rotary_models import refusal_of, rotation_of
 
 HEADS, HEAD, POSITIONS = 3, 32, 512
 
@@ -176,7 +178,9 @@ def test_a_rotary_module_outside_the_layers_must_agree_with_them() -> None:
     model.rotary_emb = double("Gemma3RotaryEmbedding", inv_freq=frequencies, rope_type="default")
     assert refusal_of(model) == ""
     model.rotary_emb = double("Gemma3RotaryEmbedding", inv_freq=frequencies / 8, rope_type="linear")
-    assert refusal_of(model).startswith("Gemma3RotaryEmbedding cannot be re-rotated: it rotates outside the layers")
+    assert refusal_of(model).startswith(
+        "Gemma3RotaryEmbedding cannot be re-rotated: its rotation is applied outside the attention layers"
+    )
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -221,7 +225,7 @@ def test_rerotated_keys_are_those_that_sglang_computes_at_the_new_place(name: st
 def test_every_rotary_class_of_sglang_is_either_taken_or_refused_on_purpose() -> None:
     from sglang.srt.layers.rotary_embedding import bailing_mrope, base, mrope, rope_variant, yarn
 
-    from rksc_sgl.blending.rotation import ACCEPTED, REASONS
+    from rksc_sgl.sglang_plugin.passes.rotary_models import ACCEPTED, REASONS
 
     names = {
         name

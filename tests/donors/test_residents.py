@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.radix.forks import Donor, Namespace
-from rksc_sgl.radix.residents import ResidentPrompts
+from rksc_sgl.donors.forks import Donor, Namespace
+from rksc_sgl.donors.residents import ResidentPrompts
 
 SPACE = Namespace(None, None, None)
 
@@ -57,7 +57,7 @@ def test_what_was_looked_up_stays_longer() -> None:
     assert {donor.name for _, donor in residents} == {"0", "2", "3"}
 
 
-def test_the_index_may_be_what_is_full() -> None:
+def test_a_full_index_forgets_prompts_too() -> None:
     one = ResidentPrompts(max_bytes=3 * 3000)
     for seed in range(20):
         one.add(SPACE, Donor(str(seed), material(seed)))
@@ -68,7 +68,7 @@ def test_the_index_may_be_what_is_full() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(8, 90)), max_size=30))
-def test_tokens_are_counted_truly_within_the_bound(prompts: list[tuple[int, int]]) -> None:
+def test_the_token_count_is_right_and_bounded(prompts: list[tuple[int, int]]) -> None:
     residents = ResidentPrompts(most_tokens=150)
     for seed, size in prompts:
         residents.add(SPACE, Donor("d", material(seed, size)))

@@ -6,9 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.options import RequestOptions
-from rksc_sgl.radix.forks import (
-    LEAST_TOKENS,
+from rksc_sgl.donors.forks import (
     MOST_ALIASES,
     MOST_DONORS,
     Alias,
@@ -16,7 +14,6 @@ from rksc_sgl.radix.forks import (
     ForkKey,
     ForkTable,
 )
-from rksc_sgl.sglang_plugin.siblings import Branch
 
 KEY = ForkKey("g", None, None, None)
 
@@ -85,7 +82,7 @@ def test_the_oldest_aliases_are_forgotten_first() -> None:
         st.tuples(st.sampled_from("abcd"), st.sampled_from(["donor", "alias", "drop"]), st.integers(1, 40)), max_size=60
     )
 )
-def test_the_count_of_tokens_is_true_and_bounded(steps: list[tuple[str, str, int]]) -> None:
+def test_the_token_count_is_right_and_bounded(steps: list[tuple[str, str, int]]) -> None:
     table: ForkTable[str] = ForkTable(most_tokens=150, most_forks=3)
     for number, (group, what, size) in enumerate(steps):
         key = KEY._replace(group=group)
@@ -102,11 +99,3 @@ def test_the_count_of_tokens_is_true_and_bounded(steps: list[tuple[str, str, int
         assert table.tokens <= 150 or len(table) == 1
         for one, alias in table.aliases():
             assert any(alias.canonical is donor for other, donor in table.donors() if other == one)
-
-
-def test_a_merge_must_save_more_than_a_step() -> None:
-    def little_left(size: int, exact: int, blended: int = 0) -> bool:
-        return Branch(None, RequestOptions(), np.arange(size), exact, blended).little_left
-
-    assert not little_left(LEAST_TOKENS, 0) and not little_left(500, 500 - LEAST_TOKENS)
-    assert little_left(500, 501 - LEAST_TOKENS) and little_left(500, 0, 501 - LEAST_TOKENS)

@@ -1,4 +1,4 @@
-"""Which forks and donors are remembered, and when blending is worth it."""
+"""Which forks and donors are remembered."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.radix.forks import LEAST_TOKENS, MOST_DONORS, Donor, ForkKey, ForkTable, worth_blending
+from rksc_sgl.donors.forks import MOST_DONORS, Anchor, Donor, ForkKey, ForkTable
 
 
 def key(group: str = "g", extra: str | None = None, salt: str | None = None, lora: str | None = None) -> ForkKey:
@@ -19,10 +19,10 @@ def donor(name: str, tokens: int = 10) -> Donor:
 
 def test_forks_of_other_namespaces_are_other_forks() -> None:
     table: ForkTable[str] = ForkTable()
-    table.fork(key()).anchor = "a"
+    anchor = table.fork(key()).anchor = Anchor("a", donor("a"))
     others = [key("h"), key(extra="e"), key(salt="s"), key(lora="l")]
     assert [table.fork(one).anchor for one in others] == [None] * 4
-    assert table.fork(key()).anchor == "a"
+    assert table.fork(key()).anchor is anchor
 
 
 def test_the_oldest_donors_of_a_fork_are_forgotten_first() -> None:
@@ -35,7 +35,7 @@ def test_the_oldest_donors_of_a_fork_are_forgotten_first() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 60)), max_size=60))
-def test_memory_stays_within_its_bounds_and_the_count_is_true(steps: list[tuple[str, int]]) -> None:
+def test_memory_stays_within_its_bounds_and_the_count_is_right(steps: list[tuple[str, int]]) -> None:
     table: ForkTable[str] = ForkTable(most_tokens=150, most_forks=3)
     for group, tokens in steps:
         table.add_donor(key(group), donor("d", tokens))
@@ -44,14 +44,3 @@ def test_memory_stays_within_its_bounds_and_the_count_is_true(steps: list[tuple[
         assert len(table) <= 3
         assert table.tokens <= 150 or len(table) == 1
         assert table._forks[key(group)].donors, "what was just added is there"
-
-
-@settings(deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
-def test_blending_is_worth_it_only_where_it_computes_less(n: int, c: float, a: float, probe: float) -> None:
-    cached, aligned = int(c * n), int(a * n)
-    if worth_blending(n, cached, aligned, probe):
-        assert n - cached >= LEAST_TOKENS
-        assert n * probe + (n - aligned) * (1 - probe) < n - cached
-    assert not worth_blending(n, n, n, probe)
-    assert not worth_blending(n, 0, 0, probe)

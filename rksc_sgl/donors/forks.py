@@ -14,9 +14,6 @@ MOST_DONORS = 4  # of one fork; the oldest goes first
 MOST_ALIASES = 256  # of one fork; the oldest goes first
 MOST_TOKENS = 4_000_000  # of all donors and aliases together, 32 MB of token ids
 MOST_FORKS = 4096
-LEAST_TOKENS = 64  # a prefill shorter than this costs little more than the step that it rides on
-AUTO_LEAST = 256  # tokens that ``share="auto"`` takes over at least: a short prompt is cheap to compute exactly
-WORTH = 0.8  # of what the exact prefill would compute, at most
 
 Request = TypeVar("Request")
 
@@ -81,17 +78,30 @@ class Alias:
     similarity: float
 
 
+@dataclass(frozen=True, eq=False)
+class Anchor(Generic[Request]):
+    """A branch that is being prefilled and that its siblings wait for.
+
+    Attributes:
+        request: the branch.
+        donor: its prompt, which siblings may take from once its KV is there.
+    """
+
+    request: Request
+    donor: Donor
+
+
 @dataclass
 class Fork(Generic[Request]):
     """One fork.
 
     Attributes:
-        anchor: the branch that is being prefilled and that its siblings wait for.
+        anchor: whom siblings wait for, if anybody.
         donors: oldest first.
         aliases: oldest first; the canonical donor of each is among the donors.
     """
 
-    anchor: Request | None = None
+    anchor: Anchor[Request] | None = None
     donors: list[Donor] = field(default_factory=list)
     aliases: list[Alias] = field(default_factory=list)
 
@@ -173,7 +183,7 @@ class ForkTable(Generic[Request]):
         fitting = (one for one in fork.aliases if np.array_equal(tokens[: one.tokens.size], one.tokens))
         return max(fitting, key=lambda one: one.tokens.size, default=None)
 
-    def anchors(self) -> Iterator[tuple[ForkKey, Request]]:
+    def anchors(self) -> Iterator[tuple[ForkKey, Anchor[Request]]]:
         """Every anchor that is waited for, or whose KV nobody has looked for yet."""
         return ((key, fork.anchor) for key, fork in self._forks.items() if fork.anchor is not None)
 
@@ -189,17 +199,3 @@ class ForkTable(Generic[Request]):
         while len(self._forks) > 1 and (len(self._forks) > self._most_forks or self.tokens > self._most_tokens):
             _, fork = self._forks.popitem(last=False)
             self.tokens -= fork.tokens
-
-
-def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -> bool:
-    """Whether blending computes clearly less than a prefill after the exact prefix.
-
-    Args:
-        tokens: of the branch.
-        cached: its tokens that the exact tree has already.
-        aligned: its tokens that the donor has too, those of ``cached`` among them.
-        probe_share: layers that run for every token, as a share of the model's.
-    """
-    exact = tokens - cached
-    blend = tokens * probe_share + (tokens - aligned) * (1.0 - probe_share)
-    return exact >= LEAST_TOKENS and blend <= WORTH * exact

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rksc_sgl.radix.forks import Donor, Namespace
+from rksc_sgl.donors.forks import Donor, Namespace
 from rksc_sgl.similarity.donor_index import DEFAULT_MAX_BYTES, DonorIndex
 
 MOST_TOKENS = 4_000_000  # of all prompts together, 32 MB of token ids

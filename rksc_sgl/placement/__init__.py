@@ -1,0 +1,1 @@
+"""What a waiting branch gets: decided on plain values, without SGLang."""
