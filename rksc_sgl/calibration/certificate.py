@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rksc_sgl.calibration.readout import LinearReadout, fit_readouts, r2
+from rksc_sgl.calibration.readout import fit_readouts, r2
 from rksc_sgl.calibration.risk_control import clopper_pearson_upper
 from rksc_sgl.calibration.thresholds import (
-    SCOPES,
     CertifiedPoint,
     CurvePoint,
-    Flags,
-    Scope,
+    SkipOutcomes,
     SkipPoint,
-    SkipTraces,
     Traces,
     certify,
     certify_skip,
     measure_curve,
     simulate,
 )
+from rksc_sgl.early_exit.readout import LinearReadout
+from rksc_sgl.early_exit.selection import Flags
 from rksc_sgl.errors import OptionError
+from rksc_sgl.options import SCOPES, Scope
 
 SHARES = (0.35, 0.5, 0.15)  # of the forks: to fit on, to certify on, to look at afterwards
 MIN_FORKS = 20
@@ -43,7 +43,7 @@ class HeldOutFigures:
     """A certified rule on forks that were not used before.
 
     Attributes:
-        delta: of the point.
+        risk: of the point.
         scope: of the point.
         calls: verifications.
         flips: verdicts that are not those of full depth.
@@ -53,7 +53,7 @@ class HeldOutFigures:
         layers_fraction: mean layers run, as a share of the model's; reruns included.
     """
 
-    delta: float
+    risk: float
     scope: Scope
     calls: int
     flips: int
@@ -103,14 +103,14 @@ def split_forks(forks: int, *, seed: int = 0, shares: tuple[float, float, float]
 
 
 def certificate(
-    traces: Traces, skip: SkipTraces, deltas: Sequence[float], alpha: float, *, seed: int = 0
+    traces: Traces, skip: SkipOutcomes, risks: Sequence[float], alpha: float, *, seed: int = 0
 ) -> Certificate:
     """Fit, certify and test.
 
     Args:
         traces: groups are numbered from 0 on, one for each fork of ``skip``.
         skip: the same forks.
-        deltas: risks to certify.
+        risks: to certify.
         alpha: 1 - confidence.
         seed: of the split.
 
@@ -121,7 +121,7 @@ def certificate(
     fit, chosen, test = (traces.where(part[traces.group]) for part in (split.fit, split.certify, split.test))
     readouts = fit_readouts(fit.hidden, fit.margin, fit.layers)
     points = tuple(
-        point for scope in SCOPES for point in certify(chosen, readouts, deltas, alpha, scope=scope, prefer="cheapest")
+        point for scope in SCOPES for point in certify(chosen, readouts, risks, alpha, scope=scope, prefer="cheapest")
     )
     explained = {
         layer: r2(readout.predict(chosen.hidden[:, chosen.layers.index(layer)]), chosen.margin)
@@ -132,7 +132,7 @@ def certificate(
         r2=explained,
         points=points,
         # The skip rule has nothing to fit: every fork can be certified on.
-        skip_points=tuple(certify_skip(skip, deltas, alpha)),
+        skip_points=tuple(certify_skip(skip, risks, alpha)),
         curve=measure_curve(chosen, readouts, resolve_ties=False),
         test=tuple(figures_on(test, readouts, point) for point in points),
     )
@@ -143,11 +143,11 @@ def figures_on(traces: Traces, readouts: Mapping[int, LinearReadout], point: Cer
     run = simulate(traces, readouts, point.t, resolve_ties=point.scope == "selection")
     calls, flips = int(run.flip.size), int(run.flip.sum())
     return HeldOutFigures(
-        delta=point.delta,
+        risk=point.risk,
         scope=point.scope,
         calls=calls,
         flips=flips,
-        flip_upper95=clopper_pearson_upper(flips, calls, 0.05),
+        flip_upper95=clopper_pearson_upper(flips, calls),
         groups=int(run.selected_differs.size),
         selected_differs=int(run.selected_differs.sum()),
         layers_fraction=run.layers_fraction,

@@ -12,7 +12,7 @@ def plot_risk(profile: Profile, path: str | Path) -> None:
     """Draw the measured curve and the certified points of a profile into a PNG.
 
     Across: the share of the model's layers that is saved. Up: the share of calls whose verdict is not that of full
-    depth. Each certified point has its bound delta as a bar above it.
+    depth. Each certified point has its certified risk as a bar above it.
 
     Raises:
         ProfileError: the profile holds neither a curve nor points, or the file cannot be written.
@@ -30,10 +30,10 @@ def plot_risk(profile: Profile, path: str | Path) -> None:
     axes.plot(saving, [100 * point.flip_rate for point in profile.curve], label="verdict differs, measured")
     axes.plot(saving, [100 * point.selection_rate for point in profile.curve], "--", label="other branch, measured")
     for point in profile.points:
-        place, risk = 100 * (1 - point.layers_fraction), 100 * point.flip_mean
-        axes.plot([place, place], [risk, 100 * point.delta], color="0.5", linewidth=1)
-        label = f"certified at {100 * point.delta:g} % (t={point.t:g}, {point.scope})"
-        axes.plot([place], [100 * point.delta], "v", label=label)
+        place, measured = 100 * (1 - point.layers_fraction), 100 * point.flip_mean
+        axes.plot([place, place], [measured, 100 * point.risk], color="0.5", linewidth=1)
+        label = f"certified at {100 * point.risk:g} % (t={point.t:g}, {point.scope})"
+        axes.plot([place], [100 * point.risk], "v", label=label)
     axes.set_xlabel("layers saved, %")
     axes.set_ylabel("risk, %")
     axes.set_title(f"Early exit of verification, confidence {100 * (1 - profile.alpha):g} %")

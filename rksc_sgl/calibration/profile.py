@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,14 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from rksc_sgl.calibration.atomic_write import write_atomically
-from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import SCOPES, CertifiedPoint, CurvePoint, Scope, SkipPoint
+from rksc_sgl.calibration.fingerprint import Fingerprint, checksum, fingerprint_of_prompt
+from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, SkipPoint
+from rksc_sgl.early_exit.readout import LinearReadout
 from rksc_sgl.errors import OptionError, ProfileError
+from rksc_sgl.options import SCOPES, Scope
 
 FORMAT = "rksc-profile"
-VERSION = 1
-_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each weights file, evenly spaced
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+VERSION = 2
 
 Row = TypeVar("Row", CertifiedPoint, SkipPoint, CurvePoint)
 
@@ -37,7 +36,7 @@ class Profile:
     """What ``rksc calibrate`` found for one model and one verification prompt.
 
     Attributes:
-        model_fingerprint: of :func:`fingerprint_of_model`.
+        fingerprint: the model as it was served.
         question_ids: tokens with which a verification's prompt ends: the question, in the model's chat format.
         yes_ids: tokens that say the first label.
         no_ids: tokens that say another.
@@ -49,10 +48,9 @@ class Profile:
         curve: risk against cost as measured, certified or not.
         workload: what was calibrated on, for people.
         created: ISO date.
-        version: of the file's form.
     """
 
-    model_fingerprint: str
+    fingerprint: Fingerprint
     question_ids: tuple[int, ...]
     yes_ids: tuple[int, ...]
     no_ids: tuple[int, ...]
@@ -64,16 +62,11 @@ class Profile:
     curve: tuple[CurvePoint, ...] = ()
     workload: str = ""
     created: str = field(default_factory=lambda: date.today().isoformat())
-    version: int = VERSION
 
     def __post_init__(self) -> None:
-        if not self.model_fingerprint:
-            raise ProfileError("model_fingerprint: must not be empty")
         for name in _IDS:
             if not getattr(self, name):
                 raise ProfileError(f"{name}: must hold at least one token")
-        if self.version != VERSION:
-            raise ProfileError(f"version: must be {VERSION}, got {self.version!r}")
         if self.layers < 1:
             raise ProfileError(f"layers: must be at least 1, got {self.layers!r}")
         _check_readouts(self.readouts, self.layers)
@@ -82,7 +75,7 @@ class Profile:
         _check_date(self.created)
 
     def point_for(self, risk: float, scope: Scope = "verdict") -> CertifiedPoint:
-        """The exit rule with the largest certified delta that is at most ``risk``; of a scope.
+        """The exit rule with the largest certified risk that is at most ``risk``; of a scope.
 
         Raises:
             OptionError: the risk is not a number from 0 to 1.
@@ -92,7 +85,7 @@ class Profile:
         return _largest(chosen, risk, f"an exit rule for the {scope}")
 
     def skip_point_for(self, risk: float) -> SkipPoint:
-        """The skip rule with the largest certified delta that is at most ``risk``.
+        """The skip rule with the largest certified risk that is at most ``risk``.
 
         Raises:
             OptionError, ProfileError: as :meth:`point_for`.
@@ -111,8 +104,8 @@ class Profile:
 
     @property
     def file_name(self) -> str:
-        """Its name in a directory of profiles: one for each model and prompt."""
-        return _file_name(self.model_fingerprint, self.prompt_fingerprint)
+        """Its name in a directory of profiles: one for each way to serve a model, and prompt."""
+        return f"profile-{checksum([asdict(self.fingerprint), self.prompt_fingerprint])[:32]}.json"
 
     def save(self, path: str | Path) -> None:
         """Write the file; it appears complete or not at all, and replaces an older one in one step.
@@ -122,7 +115,7 @@ class Profile:
         """
         target = Path(path)
         body = _body_of(self)
-        document = {"format": FORMAT, "version": self.version, "sha256": _checksum(body), "body": body}
+        document = {"format": FORMAT, "version": VERSION, "sha256": checksum(body), "body": body}
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +128,7 @@ def load(path: str | Path) -> Profile:
     """Read a profile.
 
     Raises:
-        ProfileError: it is not there, truncated, damaged, of a newer version, or a field is wrong; the message names
+        ProfileError: it is not there, truncated, damaged, of another version, or a field is wrong; the message names
             the file, the field and what would be right.
     """
     try:
@@ -144,70 +137,10 @@ def load(path: str | Path) -> Profile:
         raise ProfileError(f"{path}: {error}") from error
 
 
-def fingerprint_of_prompt(question_ids: Sequence[int], yes_ids: Sequence[int], no_ids: Sequence[int]) -> str:
-    """SHA-256 of what is asked in a verification, as the model sees it: the question's tokens and the labels'."""
-    return _checksum([list(question_ids), sorted(yes_ids), sorted(no_ids)])
-
-
-def fingerprint_of_model(directory: str | Path) -> str:
-    """SHA-256 of a model's directory: its configuration, its tensors' names, shapes and types, samples of its bytes.
-
-    Reads about 256 KiB of each weights file, whatever its size. What is not in it: tokenizer, chat template, and
-    the number type or quantisation that a server casts the weights to.
-
-    Raises:
-        ProfileError: no ``config.json``, no ``*.safetensors``, or one that cannot be read.
-    """
-    root, digest = Path(directory), hashlib.sha256()
-    weights = sorted(root.glob("*.safetensors"))
-    if not weights:
-        raise ProfileError(f"{root}: has no *.safetensors to take a fingerprint of")
-    try:
-        config = json.loads((root / "config.json").read_bytes())
-        digest.update(_canonical(config))
-        for file in weights:
-            _add_weights(digest, file)
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"{root}: no fingerprint could be taken: {error}") from error
-    return digest.hexdigest()
-
-
-def _add_weights(digest: Any, file: Path) -> None:
-    """The tensors' table, the file's size, and evenly spaced blocks from the first byte of data to the last."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{file.name} is not a safetensors file, or a truncated one")
-        header = json.loads(stream.read(length))
-        if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-            raise ValueError(f"{file.name} has no table of tensors")
-        rows = [[name, e.get("dtype"), e.get("shape")] for name, e in header.items() if name != "__metadata__"]
-        start = 8 + length
-        last = max(start, size - _SAMPLE_BYTES)
-        digest.update(_canonical([sorted(rows, key=lambda row: row[0]), size - start]))
-        for index in range(_SAMPLES):
-            stream.seek(start + (last - start) * index // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-
-
-def _file_name(model_fingerprint: str, prompt_fingerprint: str) -> str:
-    return f"profile-{_checksum([model_fingerprint, prompt_fingerprint])[:32]}.json"
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
-        "utf-8", "surrogatepass"
-    )
-
-
-def _checksum(value: Any) -> str:
-    return hashlib.sha256(_canonical(value)).hexdigest()
-
-
 def _body_of(profile: Profile) -> dict[str, Any]:
     body: dict[str, Any] = {name: getattr(profile, name) for name in _PLAIN}
     body.update({name: list(getattr(profile, name)) for name in _IDS})
+    body["fingerprint"] = asdict(profile.fingerprint)
     body["readouts"] = [
         {
             "layer": layer,
@@ -229,20 +162,25 @@ def _document(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ProfileError(f"could not be read: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"truncated or damaged: {error}; make it anew with rksc calibrate") from error
+        raise ProfileError(f"truncated or damaged: {error}; make a new one with `rksc calibrate`") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileError(f'format: must be an object with "format": "{FORMAT}"; this is no profile')
     version = _of_type(document, "version", int)
     if version > VERSION:
         raise ProfileError(f"version: {version} is newer than {VERSION}, which is what can be read; update rksc-sgl")
+    if version < VERSION:
+        raise ProfileError(
+            f"version: {version} is older than {VERSION}, which is what can be read; make a new profile with "
+            "`rksc calibrate`"
+        )
     body = _of_type(document, "body", dict)
     try:
-        whole = _of_type(document, "sha256", str) == _checksum(body)
+        whole = _of_type(document, "sha256", str) == checksum(body)
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"body: damaged: {error}; make it anew with rksc calibrate") from error
+        raise ProfileError(f"body: damaged: {error}; make a new one with `rksc calibrate`") from error
     if not whole:
-        raise ProfileError("sha256: does not fit the body: damaged or edited; make it anew with rksc calibrate")
-    return {**body, "version": version}
+        raise ProfileError("sha256: does not fit the body: damaged or edited; make a new one with `rksc calibrate`")
+    return body
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -261,7 +199,8 @@ def _profile_of(body: dict[str, Any]) -> Profile:
         if layer in readouts:
             raise ProfileError(f"readouts: layer {layer} is there twice")
         readouts[layer] = readout
-    return Profile(readouts=readouts, version=_of_type(body, "version", int), **plain, **rows)
+    fingerprint = Fingerprint.from_mapping(_of_type(body, "fingerprint", dict))
+    return Profile(fingerprint=fingerprint, readouts=readouts, **plain, **rows)
 
 
 def _readout(entry: Any) -> tuple[int, LinearReadout]:
@@ -310,9 +249,8 @@ _NAMES: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
-_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "Unit": str, "Scope": str}
+_TYPES: dict[str, type] = {"int": int, "float": float, "Scope": str}
 _PLAIN: dict[str, type] = {
-    "model_fingerprint": str,
     "layers": int,
     "alpha": float,
     "workload": str,
@@ -325,12 +263,12 @@ _ROWS: dict[str, type] = {"points": CertifiedPoint, "skip_points": SkipPoint, "c
 def _largest(points: Sequence[Any], risk: float, what: str) -> Any:
     if isinstance(risk, bool) or not isinstance(risk, (int, float)) or not 0.0 <= risk <= 1.0:
         raise OptionError(f"risk: must be a number from 0 to 1, got {risk!r}")
-    allowed = [point for point in points if point.delta <= risk]
+    allowed = [point for point in points if point.risk <= risk]
     if not allowed:
-        possible = ", ".join(f"{delta:g}" for delta in sorted({point.delta for point in points}))
+        possible = ", ".join(f"{one:g}" for one in sorted({point.risk for point in points}))
         can = f"it can certify {possible}" if possible else "it certifies none"
         raise ProfileError(f"risk: {what} at {risk:g} is not certified by this profile; {can}")
-    return max(allowed, key=lambda point: point.delta)
+    return max(allowed, key=lambda point: point.risk)
 
 
 def _check_readouts(readouts: Mapping[int, LinearReadout], layers: int) -> None:
@@ -349,21 +287,19 @@ def _check_points(profile: Profile) -> None:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ProfileError(f"{name}.{key}: must be finite, got {value!r}")
     for point in profile.points:
-        _check_open_share("points.delta", point.delta)
+        _check_open_share("points.risk", point.risk)
         if point.t < 0.0:
             raise ProfileError(f"points.t: must be at least 0, got {point.t!r}")
         if point.scope not in SCOPES:
             raise ProfileError(f"points.scope: must be one of {', '.join(SCOPES)}, got {point.scope!r}")
-        if point.unit not in ("group", "call"):
-            raise ProfileError(f"points.unit: must be group or call, got {point.unit!r}")
     for skip in profile.skip_points:
-        _check_open_share("skip_points.delta", skip.delta)
+        _check_open_share("skip_points.risk", skip.risk)
         if not 0.0 <= skip.agreement <= 1.0:
             raise ProfileError(f"skip_points.agreement: must be between 0 and 1, got {skip.agreement!r}")
-    named = [("points", [point.delta for point in profile.points if point.scope == scope]) for scope in SCOPES]
-    for name, deltas in [*named, ("skip_points", [point.delta for point in profile.skip_points])]:
-        if len(set(deltas)) < len(deltas):
-            raise ProfileError(f"{name}.delta: must differ from each other, got {sorted(deltas)}")
+    named = [("points", [point.risk for point in profile.points if point.scope == scope]) for scope in SCOPES]
+    for name, risks in [*named, ("skip_points", [point.risk for point in profile.skip_points])]:
+        if len(set(risks)) < len(risks):
+            raise ProfileError(f"{name}.risk: must differ from each other, got {sorted(risks)}")
 
 
 def _check_open_share(name: str, value: float) -> None:

@@ -1,8 +1,9 @@
-"""Learn-then-Test: which settings keep a risk below a bound, with a confidence that is chosen beforehand.
+"""Learn-then-Test: which settings keep an expected loss below a risk, with a confidence that is chosen beforehand.
 
-Each candidate setting is a null hypothesis "its risk is above delta". A p-value is computed from losses on data that
-no choice was made on; settings are tested in an order fixed in advance, from the safest to the boldest, until the
-first that is not rejected. The chance that any rejected one has a risk above delta is then at most alpha.
+Each candidate setting is a null hypothesis "its expected loss is above the risk". A p-value is computed from losses on
+data that no choice was made on; settings are tested in an order fixed in advance, from the safest to the boldest, until
+the first that is not rejected. The chance that any rejected one has an expected loss above the risk is then at
+most alpha.
 
 Source: Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then Test" (arXiv 2110.01052); the Hoeffding-Bentkus p-value
 is theirs too, after Bates et al., "Distribution-free, risk-controlling prediction sets" (arXiv 2101.02703).
@@ -20,35 +21,35 @@ from rksc_sgl.errors import OptionError
 _ROUNDING = 1e-9  # a mean of losses times n is this close to the sum that it was made from
 
 
-def hoeffding_bentkus_p(mean_risk: float, n: int, delta: float) -> float:
-    """P-value of "the expected loss is above ``delta``" from ``n`` independent losses, each between 0 and 1.
+def hoeffding_bentkus_p(mean_loss: float, n: int, risk: float) -> float:
+    """P-value of "the expected loss is above ``risk``" from ``n`` independent losses, each between 0 and 1.
 
     Args:
-        mean_risk: the mean of the losses, 0 to 1.
+        mean_loss: the mean of the losses, 0 to 1.
         n: how many there are.
-        delta: the bound, above 0 and below 1.
+        risk: the bound, above 0 and below 1.
 
     Raises:
         OptionError: an argument is out of range; the message names it.
     """
     _check_count("n", n)
-    check_share("delta", delta)
-    if not 0.0 <= mean_risk <= 1.0:
-        raise OptionError(f"mean_risk: must be between 0 and 1, got {mean_risk!r}")
-    hoeffding = math.exp(-n * _relative_entropy(min(mean_risk, delta), delta))
-    bentkus = math.e * float(special.bdtr(math.ceil(n * mean_risk - _ROUNDING), n, delta))
+    check_share("risk", risk)
+    if not 0.0 <= mean_loss <= 1.0:
+        raise OptionError(f"mean_loss: must be between 0 and 1, got {mean_loss!r}")
+    hoeffding = math.exp(-n * _relative_entropy(min(mean_loss, risk), risk))
+    bentkus = math.e * float(special.bdtr(math.ceil(n * mean_loss - _ROUNDING), n, risk))
     return min(1.0, hoeffding, bentkus)
 
 
-def clopper_pearson_p(errors: int, n: int, delta: float) -> float:
-    """P-value of "the error rate is above ``delta``" from ``n`` independent trials: P(X <= errors), X ~ Bin(n, delta).
+def clopper_pearson_p(errors: int, n: int, risk: float) -> float:
+    """P-value of "the error rate is above ``risk``" from ``n`` independent trials: P(X <= errors), X ~ Bin(n, risk).
 
     Raises:
         OptionError: an argument is out of range; the message names it.
     """
     _check_errors(errors, n)
-    check_share("delta", delta)
-    return float(special.bdtr(errors, n, delta))
+    check_share("risk", risk)
+    return float(special.bdtr(errors, n, risk))
 
 
 def clopper_pearson_upper(errors: int, n: int, confidence: float = 0.95) -> float:

@@ -151,7 +151,7 @@ def from_jsonl(path: str | Path) -> list[WorkloadFork]:
     Every problem may come once: forks of one problem are not independent, and a certificate counts forks.
 
     Raises:
-        OptionError: the file cannot be read or is empty, or a line is of no use; the message names line and field.
+        OptionError: the file cannot be read or is empty, or a line is invalid; the message names line and field.
     """
     try:
         # Not splitlines: JSON texts may hold U+2028 and U+0085 as they are.

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass, field
 
-from rksc_sgl.calibration.risk_control import clopper_pearson_p
+from scipy import special
 
 logger = logging.getLogger(__name__)
 
@@ -57,4 +57,4 @@ class Audit:
     def _refuted(self, risk: float) -> bool:
         """P(as many disagreements or more | the risk) is at most :data:`ALPHA` (exact binomial)."""
         errors, total = self.disagreed[risk], self.audited[risk]
-        return errors > 0 and 1.0 - clopper_pearson_p(errors - 1, total, risk) <= ALPHA
+        return errors > 0 and float(special.bdtrc(errors - 1, total, risk)) <= ALPHA

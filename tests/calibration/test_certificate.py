@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from rksc_sgl.calibration.certificate import certificate, split_forks
-from rksc_sgl.calibration.thresholds import SkipTraces
+from rksc_sgl.calibration.thresholds import SkipOutcomes
 from rksc_sgl.calibration.trace_store import ForkRecord, TraceStore, as_traces
 from rksc_sgl.errors import OptionError
 
@@ -65,16 +66,18 @@ def test_a_signal_is_certified_and_holds_on_forks_that_were_not_used() -> None:
     records = [record(seed) for seed in range(900)]
     traces = as_traces(records, (2, 4), 10)
     assert (traces.group == np.repeat(np.arange(900), 4)).all()
-    skip = SkipTraces(np.ones(900), np.zeros(900), np.zeros(900, dtype=np.bool_))
+    skip = SkipOutcomes(np.ones(900), np.zeros(900, dtype=np.bool_))
     found = certificate(traces, skip, (0.02, 0.05), 0.05)
     assert found.r2[4] > found.r2[2] > 0.7
-    assert [(point.scope, point.delta) for point in found.points] == [
-        (scope, delta) for scope in ("verdict", "selection") for delta in (0.02, 0.05)
+    assert [(point.scope, point.risk) for point in found.points] == [
+        (scope, risk) for scope in ("verdict", "selection") for risk in (0.02, 0.05)
     ]
     assert all(point.layers_fraction < 1.0 for point in found.points)
     for point, test in zip(found.points, found.test, strict=True):
-        assert test.flips / test.calls <= point.delta
+        assert test.flips / test.calls <= point.risk
         assert test.calls == 135 * 4
+        bound = binomtest(test.flips, test.calls).proportion_ci(0.90, "exact").high  # both sides of 90%: one of 95%
+        assert test.flip_upper95 == pytest.approx(bound) and bound > test.flips / test.calls
     assert found.skip_points[0].agreement == 1.0  # skipping never differed, and no fork agreed less
 
 
@@ -84,7 +87,7 @@ def test_noise_certifies_nothing_that_exits() -> None:
         ForkRecord(one.hidden, rng.normal(size=4), one.confidence, one.answers, one.family)
         for one in (record(seed) for seed in range(300))
     ]
-    skip = SkipTraces(np.ones(300), np.zeros(300), np.ones(300, dtype=np.bool_))
+    skip = SkipOutcomes(np.ones(300), np.ones(300, dtype=np.bool_))
     found = certificate(as_traces(records, (2, 4), 10), skip, (0.05,), 0.05)
     assert all(point.layers_fraction == 1.0 for point in found.points)
     assert found.skip_points == ()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rksc_sgl.calibration.fingerprint import Fingerprint
 from rksc_sgl.calibration.plot import plot_risk
-from rksc_sgl.calibration.profile import Profile, fingerprint_of_model, fingerprint_of_prompt, load
-from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, Scope, SkipPoint
+from rksc_sgl.calibration.profile import Profile, load
+from rksc_sgl.calibration.thresholds import CertifiedPoint, CurvePoint, SkipPoint
+from rksc_sgl.early_exit.readout import LinearReadout
 from rksc_sgl.errors import OptionError, ProfileError
+from rksc_sgl.options import Scope
+
+SERVED = Fingerprint("a" * 64, "float32", "none", "auto", "triton", 1)
 
 
-def point(delta: float, t: float, scope: Scope = "verdict") -> CertifiedPoint:
-    return CertifiedPoint(delta, scope, t, delta / 3, delta / 4, 0.5 + t / 20, 4000, 500, "group")
+def point(risk: float, t: float, scope: Scope = "verdict") -> CertifiedPoint:
+    return CertifiedPoint(risk, scope, t, risk / 3, risk / 4, 0.5 + t / 20, 4000, 500)
 
 
 def profile(seed: int = 0, hidden: int = 48) -> Profile:
@@ -30,7 +33,7 @@ def profile(seed: int = 0, hidden: int = 48) -> Profile:
         for layer in (3, 5, 7)
     }
     return Profile(
-        model_fingerprint="a" * 64,
+        fingerprint=SERVED,
         question_ids=(7, 8, 9),
         yes_ids=(1, 2),
         no_ids=(3,),
@@ -38,7 +41,7 @@ def profile(seed: int = 0, hidden: int = 48) -> Profile:
         readouts=readouts,
         points=(point(0.01, 3.2), point(0.05, 1.7), point(0.02, 5.0, "selection")),
         alpha=0.05,
-        skip_points=(SkipPoint(0.01, 0.85, 0.0, 0.4, 0.002, 500),),
+        skip_points=(SkipPoint(0.01, 0.85, 0.4, 0.002, 500),),
         curve=(CurvePoint(4.0, 0.0, 0.0, 0.9), CurvePoint(0.1, 0.07, 0.1, 0.2)),
         workload="räksmörgås: 500 forks of 8",
         created="2026-01-31",
@@ -108,24 +111,32 @@ def test_any_changed_byte_is_noticed_or_does_not_matter(tmp_path_factory: Any, d
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.update(version=2), "version: 2 is newer than 1"),
+        (lambda d: d.update(version=3), "version: 3 is newer than 2"),
+        (
+            lambda d: d.update(version=1),
+            "version: 1 is older than 2, which is what can be read; make a new",
+        ),
         (lambda d: d.update(version="1"), "version: must be an integer"),
-        (lambda d: d.update(version=0), "version: must be 1"),
         (lambda d: d.update(format="other"), "format: must be"),
         (lambda d: d["body"].pop("alpha"), "alpha: is missing"),
         (lambda d: d["body"].update(alpha=True), "alpha: must be a number, got bool"),
         (lambda d: d["body"].update(alpha=1.5), "alpha: must be above 0"),
         (lambda d: d["body"].update(layers="30"), "layers: must be an integer, got str"),
         (lambda d: d["body"].update(layers=6), "readouts.layer: must be 1 to layers - 1 = 5, got 7"),
-        (lambda d: d["body"].update(model_fingerprint=""), "model_fingerprint"),
+        (lambda d: d["body"].update(fingerprint="a"), "fingerprint: must be an object"),
+        (lambda d: d["body"]["fingerprint"].update(model=""), "fingerprint.model: must be a string"),
+        (lambda d: d["body"]["fingerprint"].update(tp_size=0), "fingerprint.tp_size: must be an integer"),
+        (lambda d: d["body"]["fingerprint"].update(tp_size=True), "fingerprint.tp_size: must be an integer"),
+        (lambda d: d["body"]["fingerprint"].update(attention_backend=3), "fingerprint.attention_backend: must be a"),
+        (lambda d: d["body"]["fingerprint"].update(colour="red"), "fingerprint.colour: is unknown"),
+        (lambda d: d["body"]["fingerprint"].pop("quantization"), "fingerprint.quantization: is missing"),
         (lambda d: d["body"].update(created="yesterday"), "created: must be an ISO date"),
         (lambda d: d["body"].update(points={}), "points: must be a list"),
         (lambda d: d["body"].update(points=[3]), "points.: must hold objects"),
         (lambda d: d["body"]["points"][0].pop("t"), "points.t: is missing"),
         (lambda d: d["body"]["points"][0].update(t=-1), "points.t: must be"),
-        (lambda d: d["body"]["points"][0].update(delta=2), "points.delta: must be above 0"),
-        (lambda d: d["body"]["points"][0].update(delta=0.05), "points.delta: must differ"),
-        (lambda d: d["body"]["points"][0].update(unit="fork"), "points.unit"),
+        (lambda d: d["body"]["points"][0].update(risk=2), "points.risk: must be above 0"),
+        (lambda d: d["body"]["points"][0].update(risk=0.05), "points.risk: must differ"),
         (lambda d: d["body"]["points"][0].update(scope="branch"), "points.scope: must be one of verdict, selection"),
         (lambda d: d["body"]["skip_points"][0].update(agreement=7), "skip_points.agreement"),
         (lambda d: d["body"]["readouts"][0].update(weight="%%%"), "readouts.weight: must be base64"),
@@ -151,15 +162,20 @@ def test_a_wrong_field_is_refused_by_file_and_name(tmp_path: Path, change: Any, 
         (b"[1, 2]", "format"),
         (b"\xff\xfe\x00", "truncated or damaged"),
         (b"[" * 100_000, "truncated or damaged"),
-        (b'{"format": "rksc-profile", "version": 1, "sha256": "", "body": {"a": 1e999}}', "body: damaged"),
-        (b'{"format": "rksc-profile", "version": 1, "sha256": "", "body": {"a": NaN}}', "truncated or damaged"),
-        (b'{"format": "rksc-profile", "version": 1, "sha256": "", "body": []}', "body: must be an object"),
+        (b'{"format": "rksc-profile", "version": 2, "sha256": "", "body": {"a": 1e999}}', "body: damaged"),
+        (b'{"format": "rksc-profile", "version": 2, "sha256": "", "body": {"a": NaN}}', "truncated or damaged"),
+        (b'{"format": "rksc-profile", "version": 2, "sha256": "", "body": []}', "body: must be an object"),
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: bytes, named: str) -> None:
     (tmp_path / "p.json").write_bytes(text)
     with pytest.raises(ProfileError, match=named):
         load(tmp_path / "p.json")
+
+
+def test_profiles_of_one_model_served_in_other_ways_have_files_of_their_own() -> None:
+    ways = [SERVED, replace(SERVED, attention_backend="fa3"), replace(SERVED, tp_size=2)]
+    assert len({replace(profile(), fingerprint=way).file_name for way in ways}) == len(ways)
 
 
 def test_an_edited_body_and_a_missing_file_are_refused(tmp_path: Path) -> None:
@@ -179,9 +195,9 @@ def test_numbers_that_are_not_finite_never_reach_a_file() -> None:
 
 def test_a_risk_takes_the_largest_certified_bound_below_it() -> None:
     known = profile()
-    assert known.point_for(0.01).delta == 0.01
-    assert known.point_for(0.04).delta == 0.01
-    assert known.point_for(0.9).delta == 0.05
+    assert known.point_for(0.01).risk == 0.01
+    assert known.point_for(0.04).risk == 0.01
+    assert known.point_for(0.9).risk == 0.05
     assert known.skip_point_for(0.02).agreement == 0.85
     with pytest.raises(ProfileError, match=r"at 0\.005 is not certified by this profile; it can certify 0\.01, 0\.05"):
         known.point_for(0.005)
@@ -190,18 +206,6 @@ def test_a_risk_takes_the_largest_certified_bound_below_it() -> None:
     for wrong in (-0.1, 1.5, float("nan"), True, "0.01"):
         with pytest.raises(OptionError, match="risk: must be a number"):
             known.point_for(wrong)  # type: ignore[arg-type]
-
-
-def test_the_fingerprint_of_a_prompt_tells_every_part_of_it_apart() -> None:
-    prompts = [
-        ((1, 2, 3), (5,), (6,)),
-        ((1, 2), (3, 5), (6,)),
-        ((1, 2, 3), (6,), (5,)),
-        ((1, 2, 3), (5,), (6, 7)),
-        ((2, 1, 3), (5,), (6,)),
-    ]
-    assert len({fingerprint_of_prompt(*prompt) for prompt in prompts}) == len(prompts)
-    assert fingerprint_of_prompt((1,), (5, 6), (7,)) == fingerprint_of_prompt([1], [6, 5], [7])
 
 
 def test_a_profile_covers_prompts_that_end_with_its_question_and_say_more() -> None:
@@ -220,55 +224,6 @@ def test_token_ids_of_a_profile_are_checked(tmp_path: Path, name: str, wrong: li
     rewrite(path, lambda document: document["body"].update({name: wrong}))
     with pytest.raises(ProfileError, match=name):
         load(path)
-
-
-def write_model(root: Path, *, weights: bytes = bytes(range(256)) * 64, shape: Any = (64, 64), **config: Any) -> Path:
-    """A configuration and one float32 tensor in the form of safetensors."""
-    root.mkdir()
-    table = {"w": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, len(weights)]}}
-    header = json.dumps(table).encode()
-    (root / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64} | config))
-    (root / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + weights)
-    return root
-
-
-def test_the_fingerprint_of_a_model_is_of_its_contents_not_of_its_place(tmp_path: Path) -> None:
-    first = fingerprint_of_model(write_model(tmp_path / "a"))
-    assert fingerprint_of_model(write_model(tmp_path / "b")) == first
-    (tmp_path / "b" / "config.json").write_text('{"hidden_size":   64,\n "model_type": "llama"}')
-    assert fingerprint_of_model(tmp_path / "b") == first
-    scaled = bytes(255 - byte for byte in bytes(range(256)) * 64)
-    others = [
-        write_model(tmp_path / "c", weights=scaled),
-        write_model(tmp_path / "d", shape=(32, 128)),
-        write_model(tmp_path / "e", rope_theta=5),
-        write_model(tmp_path / "f", weights=bytes(range(256)) * 65),
-    ]
-    assert len({first, *map(fingerprint_of_model, others)}) == 5
-
-
-def test_the_first_and_the_last_byte_of_large_weights_count(tmp_path: Path) -> None:
-    weights = np.random.default_rng(0).bytes(3_000_000)
-    first = fingerprint_of_model(write_model(tmp_path / "a", weights=weights))
-    for name, place in (("b", 0), ("c", len(weights) - 1)):
-        changed = bytearray(weights)
-        changed[place] ^= 1
-        assert fingerprint_of_model(write_model(tmp_path / name, weights=bytes(changed))) != first
-
-
-def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"no \*\.safetensors"):
-        fingerprint_of_model(tmp_path)
-    model = write_model(tmp_path / "a")
-    weights = (model / "model.safetensors").read_bytes()
-    for broken in (b"", weights[:5], weights[:40], b"\xff" * 100, struct.pack("<Q", 2) + b"[]"):
-        (model / "model.safetensors").write_bytes(broken)
-        with pytest.raises(ProfileError, match="no fingerprint could be taken"):
-            fingerprint_of_model(model)
-    (model / "model.safetensors").write_bytes(weights)
-    (model / "config.json").unlink()
-    with pytest.raises(ProfileError, match=r"config\.json"):
-        fingerprint_of_model(model)
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:

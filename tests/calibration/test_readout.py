@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.calibration.readout import LinearReadout, fit_readout, fit_readouts, r2
+from rksc_sgl.calibration.readout import fit_readout, fit_readouts, r2
+from rksc_sgl.early_exit.readout import LinearReadout
 from rksc_sgl.errors import OptionError
 
 

@@ -27,27 +27,27 @@ def allowed(trials: int = TRIALS) -> float:
 
 
 @given(counts, shares, st.floats(0, 1), st.floats(0, 1))
-def test_hoeffding_bentkus_is_a_probability_that_grows_with_the_risk(n: int, delta: float, a: float, b: float) -> None:
-    low, high = (hoeffding_bentkus_p(risk, n, delta) for risk in sorted((a, b)))
+def test_hoeffding_bentkus_is_a_probability_that_grows_with_the_loss(n: int, risk: float, a: float, b: float) -> None:
+    low, high = (hoeffding_bentkus_p(loss, n, risk) for loss in sorted((a, b)))
     assert 0.0 <= low <= high + 1e-12 <= 1.0 + 1e-9
 
 
 @given(counts, shares)
-def test_a_risk_at_the_bound_is_never_rejected_by_hoeffding_bentkus(n: int, delta: float) -> None:
-    assert hoeffding_bentkus_p(delta, n, delta) == 1.0
+def test_a_risk_at_the_bound_is_never_rejected_by_hoeffding_bentkus(n: int, risk: float) -> None:
+    assert hoeffding_bentkus_p(risk, n, risk) == 1.0
 
 
 @given(counts, shares)
-def test_without_a_loss_both_p_values_are_the_chance_of_no_error_at_the_bound(n: int, delta: float) -> None:
-    assert hoeffding_bentkus_p(0.0, n, delta) == pytest.approx((1 - delta) ** n, rel=1e-6, abs=1e-300)
-    assert clopper_pearson_p(0, n, delta) == pytest.approx((1 - delta) ** n, rel=1e-6, abs=1e-300)
+def test_without_a_loss_both_p_values_are_the_chance_of_no_error_at_the_bound(n: int, risk: float) -> None:
+    assert hoeffding_bentkus_p(0.0, n, risk) == pytest.approx((1 - risk) ** n, rel=1e-6, abs=1e-300)
+    assert clopper_pearson_p(0, n, risk) == pytest.approx((1 - risk) ** n, rel=1e-6, abs=1e-300)
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.001, 0.3))
-def test_the_exact_p_value_is_the_binomial_sum(drawn: tuple[int, int], delta: float) -> None:
+def test_the_exact_p_value_is_the_binomial_sum(drawn: tuple[int, int], risk: float) -> None:
     errors, n = drawn
-    summed = sum(math.comb(n, k) * delta**k * (1 - delta) ** (n - k) for k in range(errors + 1))
-    assert clopper_pearson_p(errors, n, delta) == pytest.approx(summed, rel=1e-8)
+    summed = sum(math.comb(n, k) * risk**k * (1 - risk) ** (n - k) for k in range(errors + 1))
+    assert clopper_pearson_p(errors, n, risk) == pytest.approx(summed, rel=1e-8)
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
@@ -78,33 +78,33 @@ def test_a_p_value_that_is_not_a_number_rejects_nothing() -> None:
     assert fixed_sequence([0.01, float("nan"), 0.0], 0.1) == 1
 
 
-@pytest.mark.parametrize(("n", "delta"), [(100, 0.05), (700, 0.01), (40, 0.3)])
-def test_exact_tests_of_a_risk_at_the_bound_reject_at_most_alpha_of_the_time(n: int, delta: float) -> None:
-    errors = np.random.default_rng(1).binomial(n, delta, TRIALS)
-    table = np.array([clopper_pearson_p(count, n, delta) for count in range(n + 1)])
+@pytest.mark.parametrize(("n", "risk"), [(100, 0.05), (700, 0.01), (40, 0.3)])
+def test_exact_tests_of_a_risk_at_the_bound_reject_at_most_alpha_of_the_time(n: int, risk: float) -> None:
+    errors = np.random.default_rng(1).binomial(n, risk, TRIALS)
+    table = np.array([clopper_pearson_p(count, n, risk) for count in range(n + 1)])
     rejected = float((table[errors] <= ALPHA).mean())
     assert 0.0 < rejected <= allowed()
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["calls of a group fall together", "calls fall alone"])
 def test_group_means_at_the_bound_are_rejected_at_most_alpha_of_the_time(together: bool) -> None:
-    groups, size, delta, trials = 400, 8, 0.05, 4000
+    groups, size, risk, trials = 400, 8, 0.05, 4000
     random = np.random.default_rng(2)
     if together:
-        means = random.binomial(groups, delta, trials) / groups
+        means = random.binomial(groups, risk, trials) / groups
     else:
-        means = random.binomial(groups * size, delta, trials) / (groups * size)
-    rejected = np.mean([hoeffding_bentkus_p(float(mean), groups, delta) <= ALPHA for mean in means])
+        means = random.binomial(groups * size, risk, trials) / (groups * size)
+    rejected = np.mean([hoeffding_bentkus_p(float(mean), groups, risk) <= ALPHA for mean in means])
     assert rejected <= allowed(trials)
 
 
 def test_no_setting_above_the_bound_is_rejected_more_often_than_alpha_in_a_whole_sequence() -> None:
     """Losses grow along the sequence; from the fourth setting on the risk is exactly at the bound or above."""
-    n, delta, trials = 300, 0.04, 4000
-    risks = [0.0, 0.005, 0.01, delta, 0.045, 0.05]
+    n, risk, trials = 300, 0.04, 4000
+    rates = [0.0, 0.005, 0.01, risk, 0.045, 0.05]
     draws = np.random.default_rng(3).random((trials, n))
-    table = np.array([clopper_pearson_p(count, n, delta) for count in range(n + 1)])
-    errors = np.stack([(draws < risk).sum(axis=1) for risk in risks], axis=1)
+    table = np.array([clopper_pearson_p(count, n, risk) for count in range(n + 1)])
+    errors = np.stack([(draws < rate).sum(axis=1) for rate in rates], axis=1)
     wrong = np.mean([fixed_sequence(table[row], ALPHA) > 3 for row in errors])
     assert 0.0 < wrong <= allowed(trials)
 
@@ -112,10 +112,10 @@ def test_no_setting_above_the_bound_is_rejected_more_often_than_alpha_in_a_whole
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: hoeffding_bentkus_p(1.5, 10, 0.1), "mean_risk"),
-        (lambda: hoeffding_bentkus_p(float("nan"), 10, 0.1), "mean_risk"),
+        (lambda: hoeffding_bentkus_p(1.5, 10, 0.1), "mean_loss"),
+        (lambda: hoeffding_bentkus_p(float("nan"), 10, 0.1), "mean_loss"),
         (lambda: hoeffding_bentkus_p(0.5, 0, 0.1), "n: must"),
-        (lambda: hoeffding_bentkus_p(0.5, 10, 1.0), "delta"),
+        (lambda: hoeffding_bentkus_p(0.5, 10, 1.0), "risk"),
         (lambda: clopper_pearson_p(11, 10, 0.1), "errors"),
         (lambda: clopper_pearson_p(-1, 10, 0.1), "errors"),
         (lambda: clopper_pearson_upper(1, 10, 0.0), "confidence"),

@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.calibration.readout import LinearReadout, fit_readouts
+from rksc_sgl.calibration.readout import fit_readouts
+from rksc_sgl.calibration.risk_control import clopper_pearson_p
 from rksc_sgl.calibration.thresholds import (
-    CONFIRMATION,
     FULL_DEPTH,
     T_GRID,
-    SkipTraces,
+    SkipOutcomes,
     Traces,
     certify,
     certify_skip,
     measure_curve,
     simulate,
 )
+from rksc_sgl.early_exit.certainty import CONFIRMATION
+from rksc_sgl.early_exit.readout import LinearReadout
 from rksc_sgl.errors import OptionError
+from rksc_sgl.options import Scope
 
 LAYERS, MODEL_LAYERS, HIDDEN, BRANCHES = (4, 8), 20, 12, 6
 COARSE = (12.0, 8.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.75, 2.5, 2.25, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.0)
@@ -167,29 +170,28 @@ def test_a_bigger_knob_never_flips_more_on_average() -> None:
 
 
 @pytest.mark.parametrize("scope", ["verdict", "selection"])
-@pytest.mark.parametrize("unit", ["group", "call"])
-def test_a_certified_point_saves_layers_and_holds_on_fresh_forks(unit: str, scope: str) -> None:
-    points = certify(synthetic(1500, 3), READOUTS, (0.02, 0.01, 0.05), 0.1, unit=unit, scope=scope)  # type: ignore[arg-type]
-    assert [point.delta for point in points] == [0.01, 0.02, 0.05]
+def test_a_certified_point_saves_layers_and_holds_on_fresh_forks(scope: Scope) -> None:
+    points = certify(synthetic(1500, 3), READOUTS, (0.02, 0.01, 0.05), 0.1, scope=scope)
+    assert [point.risk for point in points] == [0.01, 0.02, 0.05]
     fresh = synthetic(4000, 4)
     for point in points:
-        assert (point.scope, point.unit) == (scope, unit)
+        assert point.scope == scope
         assert (point.n_groups, point.n_calls) == (1500, 1500 * BRANCHES)
         assert point.layers_fraction < 0.9
         run = simulate(fresh, READOUTS, point.t, resolve_ties=scope == "selection")
-        assert run.flip.mean() <= point.delta
-        assert scope == "verdict" or run.selected_differs.mean() <= point.delta
+        assert run.flip.mean() <= point.risk
+        assert scope == "verdict" or run.selected_differs.mean() <= point.risk
     assert [point.t for point in points] == sorted((point.t for point in points), reverse=True)
 
 
 def test_certificates_are_broken_at_most_alpha_of_the_time() -> None:
     """Many calibrations of the same read-outs; the truth is taken from very many fresh forks."""
-    alpha, delta, trials = 0.2, 0.05, 80
+    alpha, risk, trials = 0.2, 0.05, 80
     truth = {point.t: point for point in measure_curve(synthetic(20_000, 5), READOUTS, grid=COARSE)}
     broken = savings = 0
     for trial in range(trials):
-        (point,) = certify(synthetic(150, 10_000 + trial), READOUTS, [delta], alpha, scope="selection", grid=COARSE)
-        broken += truth[point.t].flip_rate > delta or truth[point.t].selection_rate > delta
+        (point,) = certify(synthetic(150, 10_000 + trial), READOUTS, [risk], alpha, scope="selection", grid=COARSE)
+        broken += truth[point.t].flip_rate > risk or truth[point.t].selection_rate > risk
         savings += point.layers_fraction < 1.0
     assert broken / trials <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
     assert savings > trials / 2
@@ -209,29 +211,52 @@ def test_read_outs_of_noise_never_save_anything() -> None:
         model_layers=MODEL_LAYERS,
     )
     for prefer in ("boldest", "cheapest"):
-        for point in certify(noise, readouts, (0.005, 0.01, 0.05), 0.05, prefer=prefer):  # type: ignore[arg-type]
-            assert point.layers_fraction >= 0.99
+        points = certify(noise, readouts, (0.005, 0.01, 0.05), 0.05, prefer=prefer)  # type: ignore[arg-type]
+        assert [point.risk for point in points] == [0.005, 0.01, 0.05]
+        assert all(point.layers_fraction >= 0.99 for point in points)
 
 
 def test_the_cheapest_of_the_certified_never_costs_more_than_the_boldest() -> None:
     traces = synthetic(400, 9)
     boldest = certify(traces, READOUTS, (0.02, 0.1), 0.1)
     cheapest = certify(traces, READOUTS, (0.02, 0.1), 0.1, prefer="cheapest")
+    assert [point.risk for point in boldest] == [point.risk for point in cheapest] == [0.02, 0.1]
     for bold, cheap in zip(boldest, cheapest, strict=True):
         assert cheap.layers_fraction <= bold.layers_fraction and cheap.t >= bold.t
 
 
+def test_the_cheapest_is_not_the_boldest_where_what_leaves_early_is_rerun() -> None:
+    """Two branches are too near to each other to select by what was foreseen, and the third is foreseen wrongly."""
+    groups = 100
+    traces, readouts = by_hand(
+        [[3.0, 3.0], [2.9, 2.9], [0.5, 0.5]] * groups,
+        [3.0, 2.9, -5.0] * groups,
+        np.repeat(np.arange(groups), 3).tolist(),
+        [1.0] * 3 * groups,
+    )
+    for prefer, t, cost in (("boldest", 2.0, (1.5 + 1.5 + 1) / 3), ("cheapest", 6.0, 1.0)):
+        (point,) = certify(
+            traces,
+            readouts,
+            [0.1],
+            0.1,
+            scope="selection",
+            grid=(6.0, 2.0, 0.25),
+            prefer=prefer,  # type: ignore[arg-type]
+        )
+        assert (point.t, point.layers_fraction) == (t, pytest.approx(cost))
+
+
 def test_too_few_groups_certify_nothing() -> None:
     few = synthetic(60, 10)  # (1 - 0.02) ** 60 > 0.1: not even 60 groups without a fault would do
-    assert certify(few, READOUTS, [0.02], 0.1, unit="group") == []
-    assert certify(few, READOUTS, [0.02], 0.1, unit="call", scope="selection") == []
-    (point,) = certify(few, READOUTS, [0.02], 0.1, unit="call")
+    assert certify(few, READOUTS, [0.02], 0.1) == []
+    assert certify(few, READOUTS, [0.02], 0.1, scope="selection") == []
+    (point,) = certify(few, READOUTS, [0.1], 0.1, scope="selection")
     assert point.n_groups == 60
-    assert len(certify(few, READOUTS, [0.1], 0.1, unit="group", scope="selection")) == 1
 
 
 def test_calls_that_fall_together_are_not_counted_as_independent() -> None:
-    """In 4 of 100 groups all but the leader flip. Calls taken as independent would certify 5 %."""
+    """In 4 of 100 groups all but the leader flip. Calls taken as independent, 20 in 600, would certify 5 %."""
     groups = 100
     predicted = np.tile([30.0] + [-3.0] * (BRANCHES - 1), groups)
     margin = predicted.copy()
@@ -243,8 +268,8 @@ def test_calls_that_fall_together_are_not_counted_as_independent() -> None:
         np.tile([1.0] + [0.5] * (BRANCHES - 1), groups).tolist(),
     )
     assert simulate(traces, readouts, 2.5).flip.sum() == 4 * (BRANCHES - 1)
-    assert certify(traces, readouts, [0.05], 0.1, unit="group", grid=(2.5,)) == []
-    assert len(certify(traces, readouts, [0.05], 0.1, unit="call", grid=(2.5,))) == 1
+    assert certify(traces, readouts, [0.05], 0.1, grid=(2.5,)) == []
+    assert clopper_pearson_p(4 * (BRANCHES - 1), groups * BRANCHES, 0.05) <= 0.1
 
 
 def test_the_selection_is_certified_with_reruns_and_the_verdict_without() -> None:
@@ -270,41 +295,39 @@ def test_families_can_be_looked_at_apart() -> None:
     assert kept.family is not None and kept.family.size == 2 * BRANCHES
 
 
-def skip_traces(groups: int, seed: int) -> SkipTraces:
+def skip_outcomes(groups: int, seed: int) -> SkipOutcomes:
     """The less the branches agree, the more often skipping selects another answer."""
     random = np.random.default_rng(seed)
     agreement = random.integers(1, 9, groups) / 8
     differs = random.random(groups) < np.where(agreement == 1.0, 0.0, 0.5 * (1 - agreement))
-    return SkipTraces(agreement, random.uniform(0, 0.3, groups), differs)
+    return SkipOutcomes(agreement, differs)
 
 
 def test_skipping_is_certified_down_to_the_agreement_that_still_holds() -> None:
-    points = certify_skip(skip_traces(3000, 1), (0.01, 0.05, 0.3), 0.05)
+    points = certify_skip(skip_outcomes(3000, 1), (0.01, 0.05, 0.3), 0.05)
     agreements = [point.agreement for point in points]
     assert agreements == sorted(agreements, reverse=True) and agreements[-1] < 1.0
     assert all(share * 8 == round(share * 8) for share in agreements), "only shares that were observed"
-    fresh = skip_traces(50_000, 2)
+    fresh = skip_outcomes(50_000, 2)
     for point in points:
         skipped = fresh.agreement >= point.agreement
-        assert (skipped & fresh.differs).mean() <= point.delta
+        assert (skipped & fresh.differs).mean() <= point.risk
         assert point.skipped_share == pytest.approx(skipped.mean(), abs=0.05)
         assert point.n_groups == 3000
 
 
-def test_too_few_forks_do_not_certify_a_skip_and_a_lead_makes_it_rarer() -> None:
-    assert certify_skip(skip_traces(50, 3), [0.01], 0.05) == []
-    (every,) = certify_skip(skip_traces(2000, 4), [0.05], 0.05)
-    (led,) = certify_skip(skip_traces(2000, 4), [0.05], 0.05, min_lead=0.15)
-    assert led.agreement <= every.agreement and led.min_lead == 0.15
+def test_too_few_forks_do_not_certify_a_skip() -> None:
+    assert certify_skip(skip_outcomes(50, 3), [0.01], 0.05) == []
+    assert len(certify_skip(skip_outcomes(2000, 4), [0.05], 0.05)) == 1
 
 
 def test_skip_certificates_are_broken_at_most_alpha_of_the_time() -> None:
-    alpha, delta, trials = 0.2, 0.05, 300
-    fresh = skip_traces(200_000, 5)
+    alpha, risk, trials = 0.2, 0.05, 300
+    fresh = skip_outcomes(200_000, 5)
     broken = 0
     for trial in range(trials):
-        (point,) = certify_skip(skip_traces(300, 100 + trial), [delta], alpha)
-        broken += ((fresh.agreement >= point.agreement) & fresh.differs).mean() > delta
+        (point,) = certify_skip(skip_outcomes(300, 100 + trial), [risk], alpha)
+        broken += ((fresh.agreement >= point.agreement) & fresh.differs).mean() > risk
     assert broken / trials <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
 
 
@@ -335,12 +358,11 @@ def test_arguments_that_make_no_sense_are_refused_by_name() -> None:
         (lambda: simulate(traces, READOUTS, float("nan")), "t: must"),
         (lambda: simulate(traces, {5: READOUTS[4]}, 1.0), "layer 5 is not in the traces"),
         (lambda: simulate(traces, {4: LinearReadout(np.zeros(3, np.float32), 0.0, 1.0)}, 1.0), "3 hidden units"),
-        (lambda: certify(traces, READOUTS, [0.0], 0.1), "deltas"),
+        (lambda: certify(traces, READOUTS, [0.0], 0.1), "risks"),
         (lambda: certify(traces, READOUTS, [0.1], 1.0), "alpha"),
         (lambda: certify(traces, READOUTS, [0.1], 0.1, grid=(1.0, 2.0)), "grid"),
-        (lambda: certify(traces, READOUTS, [0.1], 0.1, unit="fork"), "unit"),  # type: ignore[arg-type]
         (lambda: certify(traces, READOUTS, [0.1], 0.1, prefer="best"), "prefer"),  # type: ignore[arg-type]
-        (lambda: SkipTraces(np.ones(3), np.ones(2), np.ones(3, dtype=bool)), "lead"),
+        (lambda: SkipOutcomes(np.ones(3), np.ones(2, dtype=bool)), "differs"),
     ):
         with pytest.raises(OptionError, match=named):
             call()

@@ -1,4 +1,4 @@
-"""The walk through the layers on a pass that only remembers what it was asked."""
+"""Verifications that leave a pass that only remembers what it was asked."""
 
 from __future__ import annotations
 
@@ -9,33 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded_pass import RecordedPass, walk
 
-from rksc_sgl.calibration.readout import LinearReadout
-from rksc_sgl.calibration.thresholds import CONFIRMATION
 from rksc_sgl.early_exit.audit import Audit
-from rksc_sgl.early_exit.rules import CertifiedRule, PublishedRule, margin_of, verdict_logits
-from rksc_sgl.early_exit.walk import Watched, walk
-
-
-class RecordedPass:
-    """States are given for every layer and place; keeps what was run and who was there."""
-
-    def __init__(self, states: dict[int, torch.Tensor], size: int) -> None:
-        self.states, self.places, self.layer = states, list(range(size)), 0
-        self.ran: list[tuple[int, tuple[int, ...]]] = []
-
-    def run_to(self, layer: int) -> None:
-        assert layer >= self.layer
-        if layer > self.layer:
-            self.ran.append((layer, tuple(self.places)))
-        self.layer = layer
-
-    def last_states(self) -> torch.Tensor:
-        return self.states[self.layer][self.places]
-
-    def keep(self, places: Sequence[int]) -> None:
-        assert list(places) == sorted(set(places))
-        self.places = [self.places[place] for place in places]
+from rksc_sgl.early_exit.certainty import CONFIRMATION
+from rksc_sgl.early_exit.leaving import Watched
+from rksc_sgl.early_exit.readout import LinearReadout
+from rksc_sgl.early_exit.rules import CertifiedRule, PublishedRule, Verdict, margin_of, write_verdicts
 
 
 def rule_of(layers: Sequence[int], t: float = 1.0, scale: float = 1.0) -> CertifiedRule:
@@ -116,11 +96,11 @@ def test_the_walk_equals_looking_at_each_sequence_alone(
     watched = [Watched(place, rule_of(layers, t), audited=place in audited) for place in range(size)]
     there = walk(RecordedPass(states, size), size, watched)
     for one, row in zip(watched, margins, strict=True):
-        told = np.array(row, dtype=np.float32)
+        told = np.array(row, dtype=np.float32).astype(np.float64)
         certain = [
             (layers[at], row[at])
             for at in range(1, len(layers))
-            if abs(told[at]) >= np.float32(t) and np.sign(told[at]) * told[at - 1] >= np.float32(CONFIRMATION * t)
+            if abs(told[at]) >= t and np.sign(told[at]) * told[at - 1] >= CONFIRMATION * t
         ]
         expected = certain[0] if certain else (None, None)
         assert one.exit_layer == expected[0]
@@ -129,8 +109,7 @@ def test_the_walk_equals_looking_at_each_sequence_alone(
 
 
 def test_the_published_rule_waits_for_an_entropy_that_is_low_and_still() -> None:
-    unembedding = torch.eye(4) * 10.0
-    rule = PublishedRule(unembedding, [0], [1], layers=6, theta=0.1, eps=0.05)
+    rule = PublishedRule(lambda states: states @ torch.eye(4) * 10.0, [0], [1], layers=6, theta=0.1, eps=0.05)
     sure, unsure = torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[0.0, 0, 0, 0]])
     a_pass = RecordedPass({1: unsure, 2: sure, 3: sure, 4: sure}, 1)
     one = Watched(0, rule)
@@ -140,10 +119,13 @@ def test_the_published_rule_waits_for_an_entropy_that_is_low_and_still() -> None
 
 
 def test_verdict_logits_read_back_as_the_margin_that_was_written() -> None:
-    row = torch.zeros(50)
-    verdict_logits(-1.25, [3, 4, 5], [7], row)
-    assert margin_of(row[None], [3, 4, 5], [7]).item() == pytest.approx(-1.25, abs=1e-5)
-    assert row.softmax(-1)[[3, 4, 5, 7]].sum().item() == pytest.approx(1.0)
+    logits = torch.zeros(3, 50)
+    write_verdicts(logits, [Verdict(0, -1.25, [3, 4, 5], [7]), Verdict(2, 2.5, [6], [3, 8])])
+    for row, margin, yes, no in ((0, -1.25, [3, 4, 5], [7]), (2, 2.5, [6], [3, 8])):
+        assert margin_of(logits[row, None], yes, no).item() == pytest.approx(margin, abs=1e-5)
+        assert logits[row].softmax(-1)[[*yes, *no]].sum().item() == pytest.approx(1.0)
+    assert not logits[1].any(), "who did not leave keeps its own"
+    write_verdicts(logits, [])
 
 
 def test_the_audit_takes_its_share_by_the_name_of_the_request() -> None:
