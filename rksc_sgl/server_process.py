@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,20 +20,16 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
-import httpx
 import psutil
 
-from rksc_sgl.errors import RkscError, ServerUnreachableError
+from rksc_sgl.errors import ServerError, ServerStartError
+from rksc_sgl.http_client import HttpClient
 from rksc_sgl.parent_death import end_with_parent
 
 STOP_GRACE_S = 2.0  # SGLang looks for a signal only every five seconds; nothing of it needs an orderly end
 START_TIMEOUT_S = 300.0
 HEALTH_VARIABLE = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
 _TAIL_LINES = 200
-
-
-class ServerStartError(RkscError):
-    """The server ended, or did not become ready, before it could serve; the message has the end of its log."""
 
 
 class ServerProcess:
@@ -140,7 +135,7 @@ class ServerProcess:
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
         """Wait until the server answers ``/health`` with 200."""
         deadline = time.monotonic() + timeout
-        with httpx.Client(timeout=5.0, trust_env=False) as client:
+        with HttpClient(self.url, timeout=5.0) as client:
             while time.monotonic() < deadline:
                 if self.returncode is not None:
                     if self._reader is not None:
@@ -149,9 +144,9 @@ class ServerProcess:
                         f"the server ended with exit code {self.returncode} before it was ready; its last words:\n"
                         f"{self.log_tail()}"
                     )
-                with contextlib.suppress(httpx.TransportError):
-                    if client.get(f"{self.url}/health").status_code == 200:
-                        return
+                with contextlib.suppress(ServerError):  # not yet
+                    client.request("GET", "/health")
+                    return
                 time.sleep(0.2)
         raise ServerStartError(f"the server was not ready after {timeout:.0f} s; its last words:\n{self.log_tail()}")
 
@@ -179,17 +174,14 @@ class ServerProcess:
             self._reader.join(2.0)
 
     def get_json(self, path: str) -> Any:
-        """Answer of ``GET path``.
+        """The answer to ``GET path``.
 
         Raises:
-            ServerUnreachableError: no answer, or an error status.
+            ServerUnreachableError: no answer.
+            ServerRefusedError: an error status.
         """
-        try:
-            response = httpx.get(self.url + path, timeout=30.0, trust_env=False)
-            response.raise_for_status()
-        except httpx.HTTPError as error:
-            raise ServerUnreachableError(f"GET {self.url}{path}: {error}") from error
-        return response.json()
+        with HttpClient(self.url, timeout=30.0) as client:
+            return client.get_json(path)
 
     def _read_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None
@@ -216,20 +208,6 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
         except OSError:
             return False
     return True
-
-
-def argument(args: Sequence[str], *names: str) -> str | None:
-    """Value of the last of these flags on a command line (``--flag value`` or ``--flag=value``), or None."""
-    found = None
-    for position, word in enumerate(args):
-        flag, separator, value = word.partition("=")
-        if re.sub("_", "-", flag) not in names:
-            continue
-        if separator:
-            found = value
-        elif position + 1 < len(args):
-            found = args[position + 1]
-    return found
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -1,4 +1,8 @@
-"""Real servers for the tests: each is started when it is first asked for, once a run."""
+"""Real servers for the tests: each is started when it is first asked for, once a run.
+
+Tests that share a server flush its cache, look at what its counters grew by, and name their forks as no other module
+does. A test that needs a fresh server, or may end it, starts its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL, fetch
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 from rksc_sgl.testing import write_tiny_model
+from tests.six_layers import AUDIT_RATE, VARIANTS, Served, SixLayers, server_of
 
 TINY = ("--max-total-tokens", "20000", "--chunked-prefill-size", "64", "--max-running-requests", "32")
 
@@ -35,6 +40,27 @@ def bare_tiny_server(tiny_model: Path) -> Iterator[ServerProcess]:
     with BareServer(["--model-path", str(tiny_model), *TINY]) as server:
         assert not any(server.get_json("/rksc/info")["schedulers"]), "the baseline has our hooks"
         yield server
+
+
+@pytest.fixture(scope="session")
+def six_layers(tmp_path_factory: pytest.TempPathFactory) -> SixLayers:
+    return SixLayers.make(tmp_path_factory.mktemp("six"))
+
+
+@pytest.fixture(scope="session")
+def served(six_layers: SixLayers) -> Iterator[Served]:
+    """The six-layer model with all that may be switched on beside each other."""
+    variables = {"XDG_CACHE_HOME": str(six_layers.cache()), "RKSC_TRACE": "1", "RKSC_AUDIT_RATE": str(AUDIT_RATE)}
+    with server_of(six_layers.path, "--enable-metrics", variables=variables) as process:
+        yield Served.of(process, six_layers.path)
+
+
+@pytest.fixture(scope="session", params=VARIANTS, ids="".join)
+def variant(request: pytest.FixtureRequest, six_layers: SixLayers) -> Iterator[Served]:
+    """The six-layer model served in other ways; pytest runs the tests of one way after each other."""
+    cache = six_layers.cache(2 if "--tp" in request.param else 1)
+    with server_of(six_layers.path, *request.param, variables={"XDG_CACHE_HOME": str(cache)}) as process:
+        yield Served.of(process, six_layers.path)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rksc_sgl.server_process import ServerProcess, ServerStartError, free_port
+from rksc_sgl.errors import ServerStartError
+from rksc_sgl.server_process import ServerProcess, free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -41,7 +42,14 @@ def serve(tiny_model: Path, port: int) -> subprocess.Popen[str]:
         text=True,
     )
     assert process.stdout is not None
-    assert f"on http://127.0.0.1:{port}" in process.stdout.readline()
+    said = ""
+    while "memory: " not in said:  # its last line
+        line = process.stdout.readline()
+        assert line, f"it ended, and said {said!r}"
+        said += line
+    assert f"on http://127.0.0.1:{port}\n" in said
+    assert "  offered: exact, blend, merge, exit, verify\n" in said and "refused" not in said and "untested" not in said
+    assert "hooks in place" in said and "KV pool up to" in said
     return process
 
 

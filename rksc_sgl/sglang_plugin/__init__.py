@@ -7,13 +7,21 @@ and ``rksc serve`` and ``rksc doctor`` refuse a server in which a hook is missin
 
 from __future__ import annotations
 
+import os
+
+WORKER_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
+WORKER = "rksc_sgl.sglang_plugin.http_worker:app"
+
 
 def register() -> None:
     """Entry point: arm the attention backend, the radix backend and every hook."""
+    os.environ.setdefault(WORKER_VARIABLE, WORKER)
     from rksc_sgl.cpu_platform import attention, without_triton
-    from rksc_sgl.sglang_plugin import hooks, radix_backend
+    from rksc_sgl.sglang_plugin import requests
+    from rksc_sgl.sglang_plugin.wiring import hooks, radix_backend
 
     attention.arm()
     without_triton.arm()
     radix_backend.arm()
-    hooks.arm(hooks.HOOKS)
+    requests.arm()
+    hooks.arm()

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from sharing_server import Served, branch, logprobs_of, problem, report_of, reworded, server_of
+from two_wordings import branch as branch_of
+from two_wordings import problem as problem_of
+from two_wordings import reworded
 
-from rksc_sgl.testing import write_tiny_model
+from tests.six_layers import Served, logprobs_of, report_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    model = write_tiny_model(tmp_path_factory.mktemp("scope") / "six-layers", num_hidden_layers=6)
-    with server_of(model) as process:
-        yield Served.of(process, model)
+def problem(number: int) -> str:
+    """One that no other module asks: the index knows a prompt by its tokens, whoever computed it."""
+    return problem_of(500 + number)
 
 
-@pytest.fixture
-def served(fresh: Served) -> Served:
-    """With an empty cache, and after the first request that asked for the whole of it."""
-    fresh.flush()
-    fresh.ask(problem(999), branch(None, share_scope="cache"))
-    return fresh
+def branch(group: str | None, index: int = 0, **options: Any) -> dict[str, Any]:
+    return branch_of(group and f"scope, {group}", index, **options)
 
 
-def test_nothing_is_indexed_before_a_request_asks_for_the_whole_cache(fresh: Served) -> None:
-    text = problem(1)
-    anchor = fresh.ask(text, branch("known before", 0))["meta_info"]["id"]
-    fresh.ask(problem(2))
-    assert fresh.stats()["sharing"]["indexed"] is None
-    report = report_of(fresh.ask(reworded(text), branch(None, share_scope="cache")))
-    assert (report["mode"], report["donor"]) == ("merge", anchor), "the donors of forks are known from the start"
-    indexed = fresh.stats()["sharing"]["indexed"]
-    assert indexed["prompts"] >= 1 and indexed["tokens"] > 100 and indexed["bytes"] > 8 * indexed["tokens"]
+@pytest.fixture(autouse=True)
+def indexed(served: Served) -> None:
+    """The cache is empty, and somebody asked for the whole of it."""
+    served.flush()
+    served.ask(problem(999), branch(None, share_scope="cache"))
 
 
 def test_a_request_without_a_group_merges_with_a_prompt_that_did_not_opt_in(served: Served) -> None:
@@ -93,14 +85,16 @@ def test_blended_kv_is_never_a_donor(served: Served) -> None:
 
 
 def test_what_was_flushed_is_dropped_when_it_is_looked_up(served: Served) -> None:
+    def names() -> set[str]:
+        return {donor["name"] for donor in served.stats()["donors"] if donor["group"] is None}
+
     text = problem(8)
-    served.ask(text)
-    before = served.stats()["sharing"]["indexed"]["prompts"]
+    plain = served.ask(text)["meta_info"]["id"]
+    assert plain in names()
     served.flush()
     report = report_of(served.ask(reworded(text), branch(None, share_scope="cache")))
     assert report["mode"] == "exact" and "donor" not in report
-    names = {donor["name"] for donor in served.stats()["donors"] if donor["group"] is None}
-    assert len(names) == served.stats()["sharing"]["indexed"]["prompts"] <= before
+    assert plain not in names()
 
 
 def test_siblings_wait_for_their_anchor_where_the_cache_has_nothing_for_them(served: Served) -> None:

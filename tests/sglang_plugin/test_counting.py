@@ -7,9 +7,9 @@ import pytest
 
 from rksc_sgl import metrics
 from rksc_sgl.errors import MetricError
-from rksc_sgl.metrics import CATALOGUE, Counters
-from rksc_sgl.sglang_plugin import counting
-from rksc_sgl.sglang_plugin.prometheus_export import Export
+from rksc_sgl.metrics import OF_SCHEDULERS, Counters
+from rksc_sgl.sglang_plugin.inspection import counting
+from rksc_sgl.sglang_plugin.inspection.prometheus_export import Export
 
 
 @pytest.fixture
@@ -53,12 +53,24 @@ def test_a_report_is_counted_with_its_tokens_and_its_reason(counted: Counters) -
     assert snapshot[metrics.TOKENS_REPLACED][0]["value"] == 8
 
 
+def test_branches_of_a_fork_that_are_aborted_are_counted_and_nothing_else_that_is(counted: Counters) -> None:
+    branch = {"op": "branch", "mode": "exact", "group": "g"}
+    for report, aborted in (
+        (branch, True),
+        (branch, False),
+        ({**branch, "op": "verify"}, True),
+        ({"op": "branch", "mode": "exact"}, True),
+    ):
+        counting.count_request(report, aborted=aborted)
+    assert counted.snapshot()[metrics.STOPPED_BRANCHES] == [{"labels": {}, "value": 1}]
+
+
 def test_prometheus_counters_follow_ours() -> None:
     from prometheus_client import CollectorRegistry, Counter, generate_latest
 
     registry, own = CollectorRegistry(), Counters()
     own.add(metrics.EXITS, 2, rule="certified")  # before anybody exports
-    export = Export({"model_name": "m", "tp_rank": 0}, lambda **kw: Counter(**kw, registry=registry))
+    export = Export(OF_SCHEDULERS, {"model_name": "m", "tp_rank": 0}, lambda **kw: Counter(**kw, registry=registry))
     own.follow(export.add)
     own.add(metrics.EXITS, rule="certified")
     own.add(metrics.PROBE_SECONDS, 0.25)
@@ -66,12 +78,12 @@ def test_prometheus_counters_follow_ours() -> None:
     assert 'sglang:rksc_exits_total{model_name="m",rule="certified",tp_rank="0"} 3.0' in text
     assert 'sglang:rksc_probe_seconds_total{model_name="m",tp_rank="0"} 0.25' in text
     assert 'sglang:rksc_tokens_replaced_total{model_name="m",tp_rank="0"} 0.0' in text
-    assert all(f"# HELP {name} " in text for name in CATALOGUE)
+    assert all(f"# HELP {name} " in text for name in OF_SCHEDULERS)
 
 
-def test_a_label_of_the_operator_that_is_ours_is_refused() -> None:
+def test_an_operators_label_may_not_have_the_name_of_one_of_ours() -> None:
     from prometheus_client import CollectorRegistry, Counter
 
     registry = CollectorRegistry()
     with pytest.raises(MetricError, match="label mode is ours"):
-        Export({"mode": "prod"}, lambda **kw: Counter(**kw, registry=registry))
+        Export(OF_SCHEDULERS, {"mode": "prod"}, lambda **kw: Counter(**kw, registry=registry))

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from rksc_sgl.sglang_plugin.departures import Departure, part_from_batch, settle_results
+from rksc_sgl.options import RequestOptions
+from rksc_sgl.sglang_plugin.branch_state import BranchState, Phase
+from rksc_sgl.sglang_plugin.merging.departures import Departure, finish_departure, part_from_batch
 
 pytestmark = pytest.mark.slow  # imports SGLang
 
@@ -38,12 +40,11 @@ class Scheduler:
 
 def request(name: str, *, leaving: bool = False, aborted: str = "") -> Any:
     to_finish = SimpleNamespace(to_json=lambda: {"type": "abort", "message": aborted}) if aborted else None
-    return SimpleNamespace(
-        rid=name, rksc_leaving="plan" if leaving else None, to_finish=to_finish, output_ids=[], weight_version_events=[]
-    )
+    state = BranchState(RequestOptions(), Phase.MERGED if leaving else Phase.PLACED)
+    return SimpleNamespace(rid=name, rksc=state, to_finish=to_finish, output_ids=[], weight_version_events=[])
 
 
-def test_who_left_is_not_decoded_with_the_batch_and_makes_room_in_it() -> None:
+def test_a_branch_that_left_is_not_decoded_with_its_batch_and_makes_room_in_it() -> None:
     stays, left = request("stays"), request("left", leaving=True)
     running, last = Batch(), Batch(left, stays)
     part_from_batch(Scheduler(), running, last)
@@ -54,22 +55,24 @@ def test_who_left_is_not_decoded_with_the_batch_and_makes_room_in_it() -> None:
     part_from_batch(Scheduler(), running, None)
 
 
-def test_who_left_queues_up_in_front_only_after_the_results_of_its_own_batch() -> None:
+def test_a_branch_that_left_goes_to_the_front_of_the_queue_only_after_the_results_of_its_own_batch() -> None:
     waits, left = request("waits"), request("left", leaving=True)
     scheduler, batch = Scheduler(waits), Batch(left)
-    settle_results(None, scheduler, batch, SimpleNamespace())  # of an earlier chunk
-    assert scheduler.waiting_queue == [waits] and left.rksc_leaving == "plan"
-    settle_results(None, scheduler, Batch(left), SimpleNamespace(rksc_departure=Departure(batch, [left])))
+    finish_departure(None, scheduler, batch, SimpleNamespace())  # of an earlier chunk
+    assert scheduler.waiting_queue == [waits] and left.rksc.is_leaving
+    finish_departure(None, scheduler, Batch(left), SimpleNamespace(rksc_departure=Departure(batch, [left])))
     assert scheduler.waiting_queue == [left, waits]
-    assert left.rksc_leaving is None and batch.reqs == []
+    assert left.rksc.phase is Phase.PLACED and batch.reqs == []
 
 
-def test_who_was_aborted_on_the_way_is_answered_and_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_that_was_aborted_on_the_way_is_answered_and_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from sglang.srt.managers import scheduler as module
 
     monkeypatch.setattr(module, "_make_abort_req", lambda req, finished_reason: SimpleNamespace(**locals()))
     gone, left = request("gone", leaving=True, aborted="bye"), request("left", leaving=True)
     scheduler, batch = Scheduler(), Batch(gone, left)
-    settle_results(None, scheduler, batch, SimpleNamespace(rksc_departure=Departure(batch, [gone, left])))
+    finish_departure(None, scheduler, batch, SimpleNamespace(rksc_departure=Departure(batch, [gone, left])))
     assert scheduler.waiting_queue == [left]
     assert scheduler.said == [("released", gone), ("bye", gone)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from rksc_sgl import metrics
-from rksc_sgl.cli.serve import problems_in, server_arguments
-from rksc_sgl.metrics import CATALOGUE
+from rksc_sgl.cli.serve import problems_in
+from rksc_sgl.metrics import CATALOGUE, OF_SCHEDULERS
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -26,11 +26,6 @@ def metered_server(tiny_model: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def counted(server: ServerProcess) -> dict[str, Any]:
-    (scheduler,) = server.get_json("/rksc/stats")["schedulers"]
-    return scheduler["counters"]
-
-
 def test_prometheus_reads_what_the_scheduler_counted(metered_server: ServerProcess) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -39,11 +34,20 @@ def test_prometheus_reads_what_the_scheduler_counted(metered_server: ServerProce
         params = {"max_new_tokens": 2, "custom_params": {"rksc": {"branch": branch, "branches": 2}}}
         body = {"text": "The quick brown fox jumps over the lazy dog", "sampling_params": params}
         httpx.post(f"{metered_server.url}/generate", json=body, timeout=120.0).raise_for_status()
-    ours = counted(metered_server)
+    forked = {
+        "model": "m",
+        "prompt": "The quick brown fox",
+        "max_tokens": 2,
+        "rksc": {"branches": 3, "early_stop": False},
+    }
+    httpx.post(f"{metered_server.url}/rksc/v1/completions", json=forked, timeout=120.0).raise_for_status()
+    stats = metered_server.get_json("/rksc/stats")
+    ours = {**stats["schedulers"][0]["counters"], **stats["http"]["counters"]}
     text = httpx.get(f"{metered_server.url}/metrics", follow_redirects=True, timeout=30.0).text
     samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
     exported = [one for one in samples if one.name in CATALOGUE]
-    assert [one["value"] for one in ours[metrics.REQUESTS]] == [2]
+    assert sum(one["value"] for one in ours[metrics.REQUESTS] if one["labels"]["op"] == "branch") == 5
+    assert [one["value"] for one in ours[metrics.FORKS]] == [1]
     assert {one["labels"]["kind"] for one in ours[metrics.TOKENS_REUSED] if one["value"]} == {"exact"}
     for name, metric in CATALOGUE.items():
         found = {
@@ -52,7 +56,8 @@ def test_prometheus_reads_what_the_scheduler_counted(metered_server: ServerProce
             if one.name == name
         }
         assert found == {tuple(one["labels"].values()): one["value"] for one in ours[name]}
-    assert all(one.labels["fleet"] == "tests" and one.labels["tp_rank"] == "0" for one in exported)
+    assert all(one.labels["fleet"] == "tests" for one in exported)
+    assert all(one.labels["tp_rank"] == "0" for one in exported if one.name in OF_SCHEDULERS)
     assert any(one.name.startswith("sglang:") and one.name not in CATALOGUE for one in samples)
 
 

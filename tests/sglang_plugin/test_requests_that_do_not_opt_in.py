@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -47,3 +48,42 @@ def test_answers_are_those_of_the_default_tree(tiny_server: ServerProcess, bare_
     ours, bare = found[tiny_server.url], found[bare_tiny_server.url]
     assert any(answer[1] > 0 for answer in bare), "nothing was cached: the test shows nothing"
     assert ours == bare
+
+
+def openai_bodies() -> Iterator[tuple[str, dict[str, Any]]]:
+    greedy = {"model": "m", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    for stream in (False, True):
+        chat = {"messages": [{"role": "user", "content": "How many cows are left?"}], "stream": stream, **greedy}
+        yield "chat/completions", {**chat, "n": 2, "logprobs": True, "top_logprobs": 2}
+        yield "chat/completions", {**chat, "chat_template_kwargs": {"enable_thinking": False}}
+        yield "completions", {"prompt": "rksc counts the cows.", "stream": stream, "logprobs": 2, **greedy}
+    yield "chat/completions", {"messages": [], **greedy}
+    yield "completions", {"prompt": "A cow", "max_tokens": -1, "model": "m"}
+
+
+def test_answers_on_v1_are_sglangs(tiny_server: ServerProcess, bare_tiny_server: ServerProcess) -> None:
+    found = {}
+    for server in (tiny_server, bare_tiny_server):
+        with httpx.Client(base_url=server.url, timeout=120.0, trust_env=False) as client:
+            client.post("/flush_cache").raise_for_status()
+            answers = [client.post(f"/v1/{route}", json=body) for route, body in openai_bodies()]
+        found[server.url] = [(answer.status_code, said(answer)) for answer in answers]
+    assert found[tiny_server.url] == found[bare_tiny_server.url]
+    assert [status for status, _ in found[tiny_server.url]].count(200) == 6
+
+
+def said(answer: httpx.Response) -> Any:
+    """An answer without its id and time; of a stream, which may come in other pieces, texts and ends."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        body = answer.json()
+        return {name: value for name, value in body.items() if name not in ("id", "created")}
+    texts: dict[int, str] = {}
+    ends: dict[int, str] = {}
+    for line in answer.text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                piece = choice["text"] if "text" in choice else choice["delta"].get("content")
+                texts[choice["index"]] = texts.get(choice["index"], "") + (piece or "")
+                if choice["finish_reason"]:
+                    ends[choice["index"]] = choice["finish_reason"]
+    return texts, ends

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rksc_sgl.errors import TreeListingError
-from rksc_sgl.sglang_plugin.inquiry import Inquiry
-from rksc_sgl.sglang_plugin.tree_listing import first_ids, namespace_of, nodes_of, parse
+from rksc_sgl.sglang_plugin.inspection.inquiry import Inquiry
+from rksc_sgl.sglang_plugin.inspection.tree_listing import first_ids, namespace_of, nodes_of, parse
 from rksc_sgl.tree_view import Prompt, largest
 
 PRINTED = [
@@ -58,7 +58,7 @@ def test_what_is_not_the_listing_of_this_release_is_refused(lines: list[str]) ->
         parse(lines)
 
 
-def test_a_question_survives_the_way_to_the_scheduler() -> None:
+def test_a_question_survives_the_trip_to_the_scheduler() -> None:
     question = Inquiry("tree", nodes=7, depth=0)
     assert Inquiry.from_rid(question.to_rid()) == question
     assert Inquiry.from_rid(None) is None
@@ -144,7 +144,9 @@ def test_a_node_that_a_request_holds_says_so(tree_cache: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tree_cache", ["rust"], indirect=True)
 def test_what_others_print_meanwhile_still_arrives(tree_cache: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tree in Python is walked, not printed."""
     core = tree_cache.tree_core
     listed = nodes_of(tree_cache)
 
@@ -163,15 +165,14 @@ def test_what_others_print_meanwhile_still_arrives(tree_cache: Any, capfd: pytes
     out = capfd.readouterr().out
     assert "afterwards" in out
     assert "full_lock" not in out
-    if "Rust" in type(core).__name__:
-        assert "from another thread" in out
+    assert "from another thread" in out
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tree_cache", ["rust"], indirect=True)
 def test_a_listing_that_does_not_add_up_is_refused(tree_cache: Any) -> None:
+    """The tree in Python is walked, not printed."""
     core = tree_cache.tree_core
-    if "Rust" not in type(core).__name__:
-        pytest.skip("the tree in Python is walked, not printed")
 
     class Larger:
         def __getattr__(self, name: str) -> Any:

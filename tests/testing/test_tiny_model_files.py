@@ -16,11 +16,11 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_every_file_is_the_same_again(tmp_path: Path) -> None:
+def test_every_file_is_reproduced_exactly(tmp_path: Path) -> None:
     assert contents(write_tiny_model(tmp_path / "a")) == contents(write_tiny_model(tmp_path / "b"))
 
 
-def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
+def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(7)  # not the seed of the model
     before = torch.get_rng_state()
     write_tiny_model(tmp_path)

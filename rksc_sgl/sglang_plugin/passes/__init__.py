@@ -1,0 +1,1 @@
+"""Forward passes that stop between layers, for exits, merges and blends."""

@@ -1,0 +1,215 @@
+"""In the model runner: a branch's prefill with the KV that its donor has already.
+
+The first layers run for every token. Then the values of the last of these layers are compared with the donor's, token
+by token; what the donor has not, and what moved most, is computed in the remaining layers, and the rest gets copies of
+the donor's KV in its own slots, keys turned to their new positions. Runs of computed tokens go through SGLang's own
+attention as sequences of their own (:class:`~rksc_sgl.sglang_plugin.passes.split_pass.SplitPass`).
+
+Everything that the host knows is brought to the device before the first layer. How far each token moved comes back in
+one transfer for the whole batch; which tokens are computed is decided on the host, which has to know it anyway, and
+what is taken over goes back in one more, for one operation of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rksc_sgl.blending.fewer_runs import fewer_runs
+from rksc_sgl.blending.plan import runs_of, to_compute
+from rksc_sgl.blending.take_over import DonorRows
+from rksc_sgl.layer_passes.contract import Decision, LayerPass
+from rksc_sgl.placement.report import SharingReport
+from rksc_sgl.placement.values import BlendPlan
+from rksc_sgl.sglang_plugin.branch_state import BranchState
+from rksc_sgl.sglang_plugin.passes.attention_adapters import most_runs
+from rksc_sgl.sglang_plugin.passes.claims import Batch
+from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
+from rksc_sgl.sglang_plugin.passes.taking_over import deviations, take_over
+from rksc_sgl.sglang_plugin.passes.transfers import to_device
+from rksc_sgl.sglang_plugin.tree import resident_slots
+
+LEAST_CANDIDATES = 32  # of one forward pass; fewer are not worth a pass of their own
+
+
+@dataclass(frozen=True, eq=False)
+class BlendJob:
+    """One sequence of an extend batch that takes over KV. All of it is on the host.
+
+    Attributes:
+        place: its place in the batch.
+        state: of its request.
+        plan: from placement.
+        source: int64 ``[n]`` positions in the donor of its new tokens, -1 where the donor has none.
+        always: bool ``[n]``, computed whatever they moved; of the whole prompt, so that chunks break nothing.
+    """
+
+    place: int
+    state: BranchState
+    plan: BlendPlan
+    source: NDArray[np.int64]
+    always: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A sequence beside its donor, after the probe; on the host.
+
+    Attributes:
+        candidate: ``[n]`` bool, new tokens that the donor has.
+        computed: ``[n]`` bool, those that must be computed, the same on every rank.
+        similar: 1 - mean deviation of the candidates.
+    """
+
+    candidate: torch.Tensor
+    computed: torch.Tensor
+    similar: float
+
+
+class Blends:
+    """The policy of branches that take over KV (:class:`~rksc_sgl.layer_passes.contract.PassPolicy`).
+
+    Args:
+        batch: of which they are.
+        jobs: its sequences that take over KV.
+        rows: their new tokens beside their donors', in this order.
+    """
+
+    probes = True
+
+    def __init__(self, batch: Batch, jobs: Sequence[BlendJob], rows: DonorRows) -> None:
+        self._batch, self._jobs, self._rows = batch, jobs, rows
+        self._starts = [0, *accumulate(job.source.size for job in jobs)]
+
+    def stops(self) -> Collection[int]:
+        return (probe_layers(self._batch.runner),)
+
+    def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
+        """What is computed of each blended sequence; the rest is taken over here."""
+        moved = self._batch.agree(deviations(self._batch.runner, self._rows, layer)).cpu()
+        parts = zip(self._jobs, pairwise(self._starts), strict=True)
+        beside = [(job, begin, _compare(job, moved[begin:end])) for job, (begin, end) in parts if job.place in there]
+        runs = fewer_runs([runs_of(one.computed) for _, _, one in beside], self._most_runs(len(there) - len(beside)))
+        taken = []
+        for (job, begin, compared), some in zip(beside, runs, strict=True):
+            left = _outside(some, job.source.size)
+            taken.append(begin + left.nonzero()[0])
+            _report(job, compared, int(left.sum()), layer)
+        self._take_over(np.concatenate(taken or [np.empty(0, dtype=np.int64)]), layer)
+        return Decision(runs={job.place: some for (job, _, _), some in zip(beside, runs, strict=True)})
+
+    def write(self, output: Any) -> None:
+        """Nothing: the last token of a branch is always computed, and its logits are its own."""
+
+    def _most_runs(self, others: int) -> int | None:
+        """How many runs the blended sequences may have together, beside so many others of the batch."""
+        most = most_runs(self._batch.runner.attn_backend)
+        return None if most is None else most - others
+
+    def _take_over(self, taken: NDArray[np.int64], probe: int) -> None:
+        """Bring the donors' KV of these rows over, in every layer after the probe."""
+        if taken.size:
+            (rows,) = to_device([taken], self._rows.own.device)
+            take_over(self._batch.runner, self._rows, rows, probe)
+
+
+def _compare(job: BlendJob, deviation: torch.Tensor) -> Compared:
+    """What has to be computed of a sequence, by how far its values are from the donor's."""
+    options, candidate = job.plan.options, torch.from_numpy(job.source >= 0)
+    always = torch.from_numpy(job.always)
+    chosen = to_compute(candidate, deviation, always, threshold=options.deviation, share=options.recompute)
+    return Compared(candidate, chosen, 1.0 - float(deviation[candidate].clamp(max=1.0).mean()))
+
+
+def _outside(runs: Sequence[tuple[int, int]], length: int) -> NDArray[np.bool_]:
+    """``[length]``, tokens that are in no run."""
+    left: NDArray[np.bool_] = np.ones(length, dtype=np.bool_)
+    for begin, end in runs:
+        left[begin:end] = False
+    return left
+
+
+def _report(job: BlendJob, compared: Compared, taken: int, layers: int) -> None:
+    moved = int((compared.computed & compared.candidate).sum())
+    _count(job.state.sharing, taken, job.source.size, moved, compared.similar, layers)
+
+
+def claim(batch: Batch) -> Blends | None:
+    """The sequences of a batch that have a plan and whose donor is still there; others say why not."""
+    jobs, slots, found = [], [], _DonorSlots(batch.tree_cache)
+    for place, req in enumerate(batch.requests):
+        if req.rksc is None or req.rksc.blend is None:
+            continue
+        theirs = found.of(req, req.rksc.blend)
+        job = batch.refusal or _job(batch, place, req, req.rksc.blend, theirs.numel())
+        if isinstance(job, BlendJob):
+            jobs.append(job)
+            slots.append(theirs)
+        elif not req.rksc.sharing.taken_tokens:  # a short last chunk is not reported as declined
+            req.rksc.sharing.decline(job)
+    return Blends(batch, jobs, _rows_of(batch, jobs, slots)) if jobs else None
+
+
+class _DonorSlots:
+    """Slots of the donors of a batch; siblings have one donor."""
+
+    def __init__(self, tree_cache: Any) -> None:
+        self._tree_cache = tree_cache
+        self._known: dict[tuple[int, str | None, str | None], torch.Tensor] = {}
+
+    def of(self, req: Any, plan: BlendPlan) -> torch.Tensor:
+        """Slots of what the tree has of a donor, from its first token on."""
+        key = (id(plan.donor), plan.extra_key, req.cache_salt)
+        if key not in self._known:
+            self._known[key] = resident_slots(self._tree_cache, plan.donor.tokens, plan.extra_key, req.cache_salt)
+        return self._known[key]
+
+
+def _job(batch: Batch, place: int, req: Any, plan: BlendPlan, resident: int) -> BlendJob | str:
+    """What there is to take over, or why there is nothing; so many tokens of the donor are there."""
+    begin = batch.forward_batch.extend_prefix_lens_cpu[place]
+    length = batch.forward_batch.extend_seq_lens_cpu[place]
+    known = plan.source[begin : begin + length]
+    source = np.full(length, -1, dtype=np.int64)
+    source[: known.size] = known  # tokens after the prompt, of a branch that was retracted, have no source
+    source[source >= resident] = -1
+    if int((source >= 0).sum()) < LEAST_CANDIDATES:
+        return "too few of its new tokens are resident with its donor"
+    always = np.zeros(length, dtype=np.bool_)
+    always[: known.size] = plan.always[begin : begin + length]
+    return BlendJob(place, req.rksc, plan, source, always)
+
+
+def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tensor]) -> DonorRows:
+    """The new tokens of all jobs beside their donors', whose slots these are."""
+    whole = batch.forward_batch
+    starts = [0, *accumulate(whole.extend_seq_lens_cpu)]
+    donors = [0, *accumulate(one.numel() for one in slots)]
+    here = [np.arange(starts[job.place], starts[job.place + 1]) for job in jobs]
+    there = [first + job.source.clip(0) for first, job in zip(donors, jobs, strict=False)]
+    new = [whole.extend_prefix_lens_cpu[job.place] + np.arange(job.source.size) for job in jobs]
+    old = [job.source.clip(0) for job in jobs]
+    device = whole.out_cache_loc.device
+    arrays = [np.concatenate(part) for part in (here, there, old, new)]
+    rows, sources, old_places, new_places = to_device(arrays, device)
+    theirs = torch.cat([one.to(device, torch.int64) for one in slots])[sources]
+    highest = max(int(part.max()) for part in (*new, *old))
+    return DonorRows(whole.out_cache_loc[rows].to(torch.int64), theirs, old_places, new_places, highest)
+
+
+def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: float, probe: int) -> None:
+    """Add one forward pass to what is said of a branch."""
+    before, similarity = report.taken_tokens or 0, report.similarity or 0.0
+    report.mode = "blend"
+    report.taken_tokens = before + taken
+    report.computed_tokens = (report.computed_tokens or 0) + tokens - taken
+    report.recomputed_tokens = (report.recomputed_tokens or 0) + moved
+    report.replaced_tokens = 0
+    report.probe_layers = probe
+    report.similarity = round((similarity * before + similar * taken) / max(1, before + taken), 4)

@@ -1,0 +1,1 @@
+"""How our code gets into SGLang's processes: the table of hooks, admission, and the radix backend's name."""
