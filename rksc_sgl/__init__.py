@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rksc_sgl.on_import import when_imported
 
 if TYPE_CHECKING:
-    from rksc_sgl.frontend import BranchGroup, Endpoint, SkipGate, Verdict, fork_similar, verify_gated
+    from rksc_sgl.frontend import BranchGroup, EarlyStop, Endpoint, SkipGate, Verdict, fork_similar, verify_gated
 
 __version__ = "0.1.0"
 __all__ = [
     "BranchGroup",
+    "EarlyStop",
     "Endpoint",
     "SkipGate",
     "Verdict",

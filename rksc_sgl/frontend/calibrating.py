@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_path
 from tqdm import tqdm
 
+from rksc_sgl.answers import agreement, classes_of, extract_answer
+from rksc_sgl.cache_directory import cache_directory
 from rksc_sgl.calibration.certificate import Certificate, certificate
+from rksc_sgl.calibration.fingerprint import Fingerprint
 from rksc_sgl.calibration.profile import Profile
-from rksc_sgl.calibration.thresholds import SkipTraces
+from rksc_sgl.calibration.thresholds import SkipOutcomes
 from rksc_sgl.calibration.trace_store import ForkRecord, TraceStore, as_traces
 from rksc_sgl.calibration.workload import WorkloadFork
 from rksc_sgl.errors import RkscError
-from rksc_sgl.frontend.answers import agreement, extract_answer
 from rksc_sgl.frontend.endpoint import Endpoint
-from rksc_sgl.frontend.labels import LabelTokens, resolve_labels
-from rksc_sgl.frontend.select import by_score, candidates_of
-from rksc_sgl.frontend.skip import SkipGate
 from rksc_sgl.frontend.tracing import question_ids, trace, verification_prompt
+from rksc_sgl.verifying.labels import LabelTokens, resolve_labels
+from rksc_sgl.verifying.select import by_score, candidates_of
+from rksc_sgl.verifying.skip import SkipGate
 
 FORKS_A_BATCH = 8
 LAYERS_SHARE = 0.8  # an exit later than this saves too little to look
@@ -40,7 +41,7 @@ class Plan:
         labels: the affirmative one first.
         forks: the workload.
         source: what the workload is, for people.
-        deltas: risks to certify.
+        risks: to certify.
         alpha: 1 - confidence of each certificate.
         seed: of the split.
     """
@@ -49,7 +50,7 @@ class Plan:
     labels: tuple[str, ...]
     forks: Sequence[WorkloadFork]
     source: str
-    deltas: tuple[float, ...]
+    risks: tuple[float, ...]
     alpha: float
     seed: int
 
@@ -111,6 +112,7 @@ def collect(
 def calibrate_on(endpoint: Endpoint, plan: Plan, directory: Path | None, *, quiet: bool) -> tuple[Profile, Certificate]:
     """Trace what is missing, fit and certify."""
     facts = _server_facts(endpoint)
+    fingerprint = Fingerprint.from_mapping(facts["fingerprint"])
     tokens = resolve_labels(plan.labels, endpoint.tokenize)
     bar = {"disable": quiet, "file": sys.stderr, "dynamic_ncols": True}
     prompts: list[Prompts] = []
@@ -119,14 +121,14 @@ def calibrate_on(endpoint: Endpoint, plan: Plan, directory: Path | None, *, quie
     asked = question_ids(endpoint, plan.question, [ids for one in prompts for ids in one.ids])
     model_layers = facts["layers"]
     layers = tuple(range(2, int(LAYERS_SHARE * model_layers) + 1, 2)) or (1,)
-    store = _store(plan, facts, asked, tokens, layers, directory)
+    store = _store(plan, fingerprint, asked, tokens, layers, directory)
     with tqdm(total=len(prompts), desc="verify at full depth", unit="fork", **bar) as shown:
         collect(endpoint, prompts, tokens, layers, store, shown.update)
     records = [store.get(one.index) for one in prompts]
     traces = as_traces(records, layers, model_layers)
-    found = certificate(traces, skip_traces(records), plan.deltas, plan.alpha, seed=plan.seed)
+    found = certificate(traces, skip_outcomes(records), plan.risks, plan.alpha, seed=plan.seed)
     profile = Profile(
-        model_fingerprint=facts["fingerprint"],
+        fingerprint=fingerprint,
         question_ids=asked,
         yes_ids=tokens.ids[0],
         no_ids=tuple(tokens.other_ids),
@@ -141,25 +143,24 @@ def calibrate_on(endpoint: Endpoint, plan: Plan, directory: Path | None, *, quie
     return profile, found
 
 
-def skip_traces(records: Iterable[ForkRecord]) -> SkipTraces:
+def skip_outcomes(records: Iterable[ForkRecord]) -> SkipOutcomes:
     """What the skip gate would have seen of each fork, and whether skipping would have taken another answer."""
-    shares, leads, differs = [], [], []
+    shares, differs = [], []
     for record in records:
         answers = [answer or None for answer in record.answers]
         confidences = [float(value) for value in record.confidence]
         found = agreement(answers)
-        ranked = sorted(confidences, reverse=True)
         shares.append(found.share if found.leader is not None else 0.0)
-        leads.append(ranked[0] - ranked[1] if len(ranked) > 1 else 0.0)
         differs.append(_skipping_differs(answers, confidences, [float(margin) for margin in record.margin]))
-    return SkipTraces(np.array(shares), np.array(leads), np.array(differs, dtype=np.bool_))
+    return SkipOutcomes(np.array(shares), np.array(differs, dtype=np.bool_))
 
 
 def _skipping_differs(answers: list[str | None], confidences: list[float], margins: list[float]) -> bool:
     skipped = SkipGate(agreement=1e-9).decide(answers, confidences).index
     if skipped is None:  # no branch has an answer: never skipped
         return False
-    return answers[skipped] != answers[by_score(candidates_of(margins, confidences))]
+    classes = classes_of(answers)
+    return classes[skipped] != classes[by_score(candidates_of(margins, confidences))]
 
 
 def _server_facts(endpoint: Endpoint) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _server_facts(endpoint: Endpoint) -> dict[str, Any]:
 
 def _store(
     plan: Plan,
-    facts: dict[str, Any],
+    fingerprint: Fingerprint,
     asked: tuple[int, ...],
     tokens: LabelTokens,
     layers: tuple[int, ...],
@@ -184,14 +185,14 @@ def _store(
 ) -> TraceStore:
     content = digest(json.dumps([asdict(fork) for fork in plan.forks], sort_keys=True).encode())
     description = {
-        "model": facts["fingerprint"],
+        "fingerprint": asdict(fingerprint),
         "question_ids": list(asked),
         "label_ids": [list(ids) for ids in tokens.ids],
         "layers": list(layers),
         "workload": content,
     }
     name = digest(json.dumps(description, sort_keys=True).encode())
-    return TraceStore(directory or user_cache_path("rksc") / "traces" / name, description)
+    return TraceStore(directory or cache_directory("traces") / name, description)
 
 
 def digest(data: bytes) -> str:

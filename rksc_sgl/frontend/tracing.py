@@ -13,9 +13,9 @@ from sglang.lang.chat_template import ChatTemplate
 
 from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.endpoint import Endpoint
-from rksc_sgl.frontend.labels import LabelTokens, label_logprobs
 from rksc_sgl.frontend.verify import verification_suffix
 from rksc_sgl.options import KEY
+from rksc_sgl.verifying.labels import LabelTokens, label_logprobs
 
 
 @dataclass(frozen=True)

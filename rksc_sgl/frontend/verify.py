@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sglang.lang.chat_template import ChatTemplate
-from sglang.lang.interpreter import ProgramState, ProgramStateGroup
+from sglang.lang.interpreter import ProgramState, ProgramStateGroup, StreamExecutor
 
+from rksc_sgl.answers import branch_answer
 from rksc_sgl.errors import (
     LabelError,
     OptionError,
@@ -22,17 +25,24 @@ from rksc_sgl.errors import (
     UnsupportedBackendError,
     VerificationError,
 )
-from rksc_sgl.exit_settings import DEFAULT_RISK
-from rksc_sgl.frontend.answers import extract_answer
 from rksc_sgl.frontend.endpoint import BranchEndpoint
-from rksc_sgl.frontend.labels import LabelTokens, label_logprobs, resolve_labels
-from rksc_sgl.frontend.select import NEEDS_SCORES, Candidate, Selector, choose, selector_of, unresolved
-from rksc_sgl.frontend.skip import SkipDecision, SkipGate
-from rksc_sgl.options import KEY, SCOPES
+from rksc_sgl.frontend.executors import wait_idle
+from rksc_sgl.frontend.fork import BranchGroup
+from rksc_sgl.generated.finish import is_truncated, why_ended
+from rksc_sgl.options import KEY, RequestOptions
+from rksc_sgl.verifying.course import Course, Member, course_of, course_of_record, exit_options, gate_of_profiles
+from rksc_sgl.verifying.labels import LabelTokens, check_labels, resolve_labels
+from rksc_sgl.verifying.question import DEFAULT_QUESTION, Turns, question_with_labels
+from rksc_sgl.verifying.question import verification_suffix as suffix_of_turns
+from rksc_sgl.verifying.reading import read_reply, said_of_mass
+from rksc_sgl.verifying.select import Candidate, Selector, choose, selector_of, unresolved
+from rksc_sgl.verifying.skip import SkipGate
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_QUESTION = "Is the answer above correct? Reply with {labels}."
+__all__ = ["DEFAULT_QUESTION", "Verdict", "verification_suffix", "verify_gated"]
+
+_AT_ONCE = 32  # verifications that are asked one by one
 
 
 @dataclass
@@ -43,11 +53,14 @@ class Verdict:
         best: the selected branch; ``verdict.best["answer"]`` is its text.
         index: its position in the group.
         scores: P(first label) of each verification; None where a branch failed or was not verified.
+        label_mass: P(any label) of each verification: how much of what the model would reply is a label at all. Where
+            it is next to nothing a score says nothing. None without a score, and where a verification left early: its
+            last layers, which would tell, were not run.
         confidences: mean top-1 probability of each branch's tokens; None where it failed or was not measured.
         answers: the answer extracted from each branch's text; None where there is none.
         errors: what went wrong with each branch; None where nothing did. A branch with an error is never selected.
         skipped: True when the branch was selected without verification.
-        reason: why verification was skipped, or why it was not.
+        reason: why verification was skipped, or why it was not, and what the selection rests on.
         new_tokens: prompt tokens that each verification computed (its prompt less what was cached); where it was
             asked for again at full depth, both times.
         tokens_spent: tokens computed by verification, in all.
@@ -64,13 +77,14 @@ class Verdict:
     errors: list[str | None]
     skipped: bool
     reason: str
+    label_mass: list[float | None] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
     tokens_spent: int = 0
     tokens_saved: int = 0
     reports: list[dict[str, Any] | None] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Branch:
     """A branch while it is being verified."""
 
@@ -82,10 +96,16 @@ class _Branch:
     blended: bool = False  # it was generated on approximate KV
     error: str | None = None
     score: float | None = None
+    label_mass: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0  # over all times that it was asked
+    margin_error: float = 0.0  # how far the margin of its verdict may be off, in logits
     report: dict[str, Any] | None = None
+
+    @property
+    def executor(self) -> StreamExecutor:
+        return self.state.stream_executor
 
 
 def verify_gated(
@@ -95,13 +115,33 @@ def verify_gated(
     question: str | None = None,
     labels: Sequence[str] = ("YES", "NO"),
     skip: SkipGate | None = None,
-    select: str | Selector = "score",
-    extract: Callable[[str], str | None] = extract_answer,
+    select: str | Selector = "vote",
+    extract: str | Callable[[str], str | None] | None = None,
     exit: str = "certified",
     risk: float | None = None,
     scope: str = "selection",
 ) -> Verdict:
-    """Verify each branch's ``var`` in place, unless the branches are decisive, and select the best branch.
+    """Select the best branch, and verify each branch's ``var`` in place where the selection needs that.
+
+    With the defaults the branches vote:
+
+    ===================================  =============================  =============================================
+    answers                              verified                       what decides
+    ===================================  =============================  =============================================
+    one has the most votes               nobody                         the vote; of its branches the most confident
+    two or more have the most votes      the branches that give these   of the tied answers, the largest sum of
+                                                                        scores; of its branches the best score
+    fewer than two branches have one     all branches                   the best score; ``reason`` says that its worth
+                                                                        is unknown
+    ===================================  =============================  =============================================
+
+    A fork with ``early_stop`` has had its vote, and that decides: with ``select="vote"`` or ``"majority"``, no
+    ``skip``, and the same variable and ``extract``. Ties go to the answer whose branch comes first. Nobody is verified,
+    and ``reason`` says why the vote was decided. With every other selection it is among the branches that finished.
+    Where all ended and fewer than two have an answer, the last row of the table holds.
+
+    A score is P(first label) * sqrt(confidence). Nothing says that it is worth anything on your model: on some a branch
+    with a high score is right no more often than another, which is why votes come first.
 
     Args:
         branches: a group made by :func:`rksc_sgl.fork_similar`.
@@ -109,111 +149,191 @@ def verify_gated(
         question: asked after the branch's text, as a user's turn where the program speaks in turns; ``{labels}``
             becomes the labels. None takes :data:`DEFAULT_QUESTION`.
         labels: what the model may reply, the affirmative one first; their spellings are found by the tokenizer.
-        skip: when to do without verification; None takes, with ``select="score"``, the rule that the server's
-            profile certifies for this question and ``risk``, and else ``SkipGate()``: only where all branches answer
-            alike. ``SkipGate.never()`` always verifies.
-        select: ``score`` (P(YES) * sqrt(confidence)), ``weighted_majority`` (the answer with the largest sum of
-            these), ``majority`` (the most frequent answer, which needs no verification), or a callable that takes
-            the candidates and returns the index of one.
-        extract: the answer in a branch's text, in a form that can be compared, or None.
+        skip: when to do without verification; where it does not say so, all branches are verified.
+            ``SkipGate.never()`` always verifies, ``SkipGate()`` unless all branches answer alike. None takes, with
+            ``select="vote"``, the table above; with ``select="score"`` the rule that the server's profile certifies
+            for this question and ``risk``; and else ``SkipGate()``.
+        select: ``vote`` (above), ``score`` (the largest), ``weighted_majority`` (the answer with the largest sum of
+            scores), ``majority`` (the most frequent answer, of several the first; never verifies, whatever ``skip``
+            says), or a callable that takes the candidates and returns the index of one.
+        extract: the answer with which a branch votes, by :func:`rksc_sgl.answers.branch_answer`: ``answer``, ``text``,
+            ``json``, ``json:FIELD``, or a callable that takes the text and returns it or None. A branch that its token
+            limit cut votes only with an answer that it stated, or that your callable found. None takes that of
+            ``early_stop`` where ``var`` is the variable that votes there, and else ``answer``.
         exit: whether a verification may stop at an intermediate layer of the model: ``certified`` where the server
             has a profile for this question that says so, ``published`` by the uncertified rule of the paper, ``off``.
         risk: with ``certified``: the largest acceptable share of what ``scope`` names. None takes the server's, 0.01.
         scope: ``selection``: neither a verdict nor the selected branch may change; verdicts that the selection by score
-            hangs on are asked for again at full depth, and with another selector nothing exits, for nothing else is
-            certified. ``verdict``: the scores may move as long as their verdicts stay, and the selection with them.
+            hangs on are asked for again at full depth. Only the selection by the scores of all branches is certified
+            (``select="score"``, and a vote without answers to compare): nothing exits with another. ``verdict``: the
+            scores may move as long as their verdicts stay, and the selection with them.
 
     Returns:
-        The :class:`Verdict`. A failed or empty branch loses; it never brings the rest down.
+        The :class:`Verdict`. A failed or empty branch loses; it never brings the rest down. One that was stopped or
+        never started is in ``errors`` too, and never selected.
 
     Raises:
-        OptionError: an argument is of no use; the message names it.
+        OptionError: an argument is of no use, or ``risk`` is not certified by the server's profile; the message names
+            it, and nothing was sent.
         LabelError: the labels cannot be told apart by their first token.
         UnsupportedBackendError: verification is needed and the branches are not on an SGLang server.
         ServerError: the server went away.
         VerificationError: every branch failed.
     """
-    gate = SkipGate() if skip is None else skip
-    if not isinstance(gate, SkipGate):
+    if skip is not None and not isinstance(skip, SkipGate):
         raise OptionError(f"skip: must be a SkipGate or None, got {type(skip).__name__}")
+    if question is not None and not isinstance(question, str):
+        raise OptionError(f"question: must be a string or None, got {type(question).__name__}")
     selector_of(select)
+    check_labels(labels)
+    # The server's own check; which tokens the labels are does not matter for it.
+    options = RequestOptions(op="verify", exit=exit, risk=risk, scope=scope, yes_ids=(0,), no_ids=(1,))
     if len(branches.states) == 0:
         raise OptionError("branches: the group has no branches")
-    asked = (DEFAULT_QUESTION if question is None else question).replace("{labels}", " or ".join(labels))
+    asked = question_with_labels(question, labels)
 
+    extract, decides = _of_early_stop(branches, var, extract)
     members = [_collect(index, state, var, extract) for index, state in enumerate(branches.states)]
     if all(branch.error is not None for branch in members):
         raise _all_failed(members, branches)
+    _check_risk(members, options)
 
-    if skip is None and select == "score":
-        gate = _certified_gate(members, asked, risk) or gate
-    decision = _decide(gate, members, select)
-    if not decision.skip:
-        _verify(members, asked, labels, _early(exit, risk, scope, select), resolve=scope == "selection")
-    else:
-        _count_unspent(members, asked)
+    decided = _decided(branches, members) if decides and skip is None and select in ("vote", "majority") else None
+    course = decided or course_of(
+        select, skip, [_member(branch) for branch in members], lambda: _certified_gate(members, asked, risk)
+    )
+    try:
+        return _carried_out(course, branches, members, select, asked, labels, options)
+    finally:
+        if isinstance(branches, BranchGroup):
+            branches.tell_end()
+
+
+def _carried_out(
+    course: Course,
+    branches: ProgramStateGroup,
+    members: list[_Branch],
+    select: str | Selector,
+    asked: str,
+    labels: Sequence[str],
+    options: RequestOptions,
+) -> Verdict:
+    """Ask about the branches that the course wants to know of, and select one."""
+    verified = [members[index] for index in course.verify]
+    if verified:
+        early = exit_options(options.exit, options.risk, options.scope, course)
+        _verify(verified, asked, labels, early, resolve=course.by_score and options.scope == "selection")
+    _count_unspent([branch for branch in members if branch not in verified], asked)
     # A branch can fail in verification too, so this is looked at again.
     alive = [branch for branch in members if branch.error is None]
     if not alive:
         raise _all_failed(members, branches)
-    index = decision.index
-    if index is None or members[index].error is not None:
-        index = choose(select, [_candidate(branch) for branch in alive])
-    verdict = _verdict(members, index, decision)
+    index = course.index
+    if index is None:
+        among = [members[place] for place in course.among if members[place].error is None] or alive
+        index = choose(select, [_candidate(branch) for branch in among])
+    verdict = _verdict(members, index, course, _warn_of_mass(verified, asked))
     logger.info(
         "verify_gated: branch %d of %d, %s (%s); %d tokens computed, %d saved",
         index,
         len(members),
-        "verification skipped" if decision.skip else "verified",
-        decision.reason,
+        "verification skipped" if verdict.skipped else f"{len(course.verify)} verified",
+        verdict.reason,
         verdict.tokens_spent,
         verdict.tokens_saved,
     )
     return verdict
 
 
-def _collect(index: int, state: ProgramState, var: str, extract: Callable[[str], str | None]) -> _Branch:
-    """Wait for a branch and take what it produced."""
+def _of_early_stop(
+    branches: ProgramStateGroup, var: str, extract: str | Callable[[str], str | None] | None
+) -> tuple[str | Callable[[str], str | None], bool]:
+    """The answer's extraction, and whether the fork's own vote is one about it."""
+    spec = branches.early_stop if isinstance(branches, BranchGroup) else None
+    if spec is None or spec.variable != var:
+        return ("answer" if extract is None else extract), False
+    return (spec.extract if extract is None else extract), extract is None or extract == spec.extract
+
+
+def _decided(branches: ProgramStateGroup, members: list[_Branch]) -> Course | None:
+    """The course of a fork whose own vote has an answer; None where that is nothing to go by."""
+    assert isinstance(branches, BranchGroup) and branches.stopping is not None
+    return course_of_record(branches.stopping, [_member(branch) for branch in members])
+
+
+def _member(branch: _Branch) -> Member:
+    return Member(branch.index, branch.answer, branch.confidence, branch.error)
+
+
+def _collect(index: int, state: ProgramState, var: str, extract: str | Callable[[str], str | None]) -> _Branch:
+    """Wait for a branch and take what it produced.
+
+    From its executor and not by way of the state: SGLang's own wait for ever for a worker that is gone.
+    """
     branch = _Branch(index, state)
-    error = state.error()
-    if error is not None:
-        branch.error = str(error) or type(error).__name__
+    executor = state.stream_executor
+    wait_idle(executor)
+    if executor.error_ is not None:
+        branch.error = str(executor.error_) or type(executor.error_).__name__
         return branch
-    if var not in state:
-        branch.error = f"the branch has no variable {var!r}; it has {sorted(state.stream_executor.variables)}"
+    if executor.use_thread and executor.queue.unfinished_tasks:
+        branch.error = (
+            f"what was appended to it was never run: SGLang's worker of it ended before, with its program or in a "
+            f"join; it has {sorted(executor.variables)}"
+        )
         return branch
-    text = state[var]
+    if var not in executor.variables:
+        branch.error = f"the branch has no variable {var!r}; it has {sorted(executor.variables)}"
+        return branch
+    text = executor.variables[var]
     if isinstance(text, list):
         branch.error = f"{var!r} holds {len(text)} continuations (n > 1); verify one text a branch"
+        return branch
+    if not isinstance(text, str):
+        branch.error = f"{var!r} is no text but {type(text).__name__}"
         return branch
     if not text.strip():
         branch.error = f"{var!r} is empty"
         return branch
-    meta_info = state.get_meta_info(var) or {}
+    meta_info = executor.meta_info.get(var) or {}
+    if why := why_ended(meta_info):
+        branch.error = why
+        return branch
     branch.text = text
-    branch.answer = extract(text)
+    branch.answer = branch_answer(text, extract, truncated=is_truncated(meta_info))
     branch.confidence = meta_info.get("confidence")
     branch.blended = (meta_info.get(KEY) or {}).get("mode") == "blend"
     return branch
 
 
-def _early(exit: str, risk: float | None, scope: str, select: str | Selector) -> dict[str, Any]:
-    """The options of early exit for every verification of the fork."""
-    if scope not in SCOPES:
-        raise OptionError(f"scope: must be one of {', '.join(SCOPES)}, got {scope!r}")
-    if exit == "certified" and scope == "selection" and select != "score":
-        logger.info("verify_gated: only the selection by score is certified: verification runs at full depth")
-        return {"exit": "off"}
-    return {"exit": exit, "risk": risk, "scope": scope if exit == "certified" else None}
+def _check_risk(members: list[_Branch], options: RequestOptions) -> None:
+    """Refuse here what the server would refuse of every branch.
+
+    Raises:
+        OptionError: no profile of the server certifies this risk; a server without any has nothing to refuse.
+    """
+    if options.risk is None or options.exit != "certified":
+        return
+    backend = next(branch for branch in members if branch.error is None).executor.backend
+    if not isinstance(backend, BranchEndpoint) or _certifies(backend.rksc_info(), options):
+        return
+    if not _certifies(backend.read_rksc_info(), options):  # what was read first may be of a server before this
+        can = sorted({risk for profile in _profiles(backend.rksc_info()) for risk in profile["risks"][options.scope]})
+        raise OptionError(
+            f"risk: no profile of {backend.base_url} certifies an exit for the {options.scope} at {options.risk:g}; "
+            f"it can certify {', '.join(f'{risk:g}' for risk in can) or 'none'}"
+        )
 
 
-def _decide(gate: SkipGate, members: list[_Branch], select: str | Selector) -> SkipDecision:
-    if isinstance(select, str) and select not in NEEDS_SCORES:
-        return SkipDecision(True, None, f"selection by {select} needs no verification")
-    return gate.decide(
-        [branch.answer if branch.error is None else None for branch in members],
-        [branch.confidence if branch.error is None else None for branch in members],
-    )
+def _profiles(info: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return list(info["schedulers"][0]["exit"]["profiles"]) if info else []
+
+
+def _certifies(info: dict[str, Any] | None, options: RequestOptions) -> bool:
+    """Whether a server with this ``/rksc/info`` takes a request's risk."""
+    profiles = _profiles(info)
+    risks = [risk for profile in profiles for risk in profile["risks"][options.scope]]
+    return not profiles or any(risk <= (options.risk or 0.0) for risk in risks)
 
 
 def _certified_gate(members: list[_Branch], question: str, risk: float | None) -> SkipGate | None:
@@ -225,30 +345,24 @@ def _certified_gate(members: list[_Branch], question: str, risk: float | None) -
         logger.info("verify_gated: skipping is not certified for blended branches")
         return None
     alive = next(branch for branch in members if branch.error is None)
-    backend = alive.state.stream_executor.backend
-    info = backend.rksc_info() if isinstance(backend, BranchEndpoint) else None
-    profiles = info["schedulers"][0]["exit"]["profiles"] if info else []
+    backend = alive.executor.backend
+    profiles = _profiles(backend.rksc_info()) if isinstance(backend, BranchEndpoint) else []
     ids = _prompt_ids(alive, question) if profiles else None
     if ids is None:
         return None
-    for profile in profiles:
-        if ids[-len(profile["question_ids"]) :] != profile["question_ids"]:
-            continue
-        bound = DEFAULT_RISK if risk is None else risk
-        points = [point for point in profile["skip"] if point["risk"] <= bound]
-        if points:
-            best = max(points, key=lambda point: point["risk"])
-            logger.info(
-                "verify_gated: skipping is certified at %g from %g agreement on", best["risk"], best["agreement"]
-            )
-            return SkipGate(agreement=best["agreement"])
-    return None
+    return gate_of_profiles(profiles, ids, risk)
 
 
 def _prompt(branch: _Branch, question: str) -> str:
-    """The text of a branch's verification."""
-    executor = branch.state.stream_executor
-    return branch.state.text() + verification_suffix(question, executor.chat_template, branch.state.messages())
+    """The text of a branch's verification; a turn that the program has not closed yet is closed in it."""
+    executor = branch.executor
+    text, messages = executor.text_, list(executor.messages_)
+    if executor.cur_role is not None:
+        _, closing = executor.chat_template.get_prefix_and_suffix(executor.cur_role, messages)
+        content = text[executor.cur_role_begin_pos :].lstrip()  # as SGLang closes a role
+        messages.append({"role": executor.cur_role, "content": content})
+        text += closing
+    return text + verification_suffix(question, executor.chat_template, messages)
 
 
 def _prompt_ids(branch: _Branch, question: str) -> list[int] | None:
@@ -259,22 +373,21 @@ def _prompt_ids(branch: _Branch, question: str) -> list[int] | None:
 def _verify(
     members: list[_Branch], question: str, labels: Sequence[str], early: dict[str, Any], *, resolve: bool
 ) -> None:
-    """Ask for each branch that is alive; all in one request, so that they form one batch.
+    """Ask for each branch; all in one request, so that they form one batch.
 
     Args:
+        members: at least one, none of which failed.
         early: the options ``exit``, ``risk`` and ``scope``.
         resolve: whether to ask again, at full depth, for the verdicts that the selection by score hangs on.
     """
-    alive = [branch for branch in members if branch.error is None]
-    endpoint = _endpoint(alive[0])
-    tokens = resolve_labels(labels, endpoint.tokenize)
-    _ask_for(alive, question, tokens, early)
-    answered = [branch for branch in alive if branch.error is None]
+    tokens = resolve_labels(labels, _endpoint(members[0]).tokenize)
+    _ask_for(members, question, tokens, early)
+    answered = [branch for branch in members if branch.error is None]
     if resolve and answered:
-        unsure = unresolved([_candidate(branch) for branch in answered], [_error_of(branch) for branch in answered])
+        unsure = unresolved([_candidate(branch) for branch in answered], [branch.margin_error for branch in answered])
         again = [answered[place] for place in unsure]
         if again:
-            logger.info("verify_gated: %d of %d verdicts are asked for again at full depth", len(again), len(alive))
+            logger.info("verify_gated: %d of %d verdicts are asked for again at full depth", len(again), len(members))
             _ask_for(again, question, tokens, {"exit": "off"})
 
 
@@ -290,18 +403,13 @@ def _ask_for(branches: list[_Branch], question: str, tokens: LabelTokens, early:
         _take(branch, response, tokens)
 
 
-def _error_of(branch: _Branch) -> float:
-    """How far the margin of a verdict may be off, in logits; 0 at full depth."""
-    return ((branch.report or {}).get("exit") or {}).get("error", 0.0)
-
-
 def _endpoint(branch: _Branch) -> BranchEndpoint:
-    backend = branch.state.stream_executor.backend
+    backend = branch.executor.backend
     if not isinstance(backend, BranchEndpoint):
         raise UnsupportedBackendError(
             f"verification reads token log-probabilities from an SGLang server, and this branch is on "
             f"{type(backend).__name__}; make the branches with fork_similar on a RuntimeEndpoint, or use "
-            f"select='majority', which needs no verification"
+            f"select='majority', which never verifies"
         )
     return backend
 
@@ -323,13 +431,13 @@ def verification_suffix(question: str, template: ChatTemplate, messages: Sequenc
     Args:
         question: the question, labels filled in.
         template: the program's chat template.
-        messages: the branch's turns so far; without any, the question is plain text.
+        messages: the branch's turns so far, all closed; without any, the question is plain text.
     """
     if not messages:
-        return f"\n\n{question}\n"
-    prefix, suffix = template.get_prefix_and_suffix("user", list(messages))
+        return suffix_of_turns(question, None)
+    user = template.get_prefix_and_suffix("user", list(messages))
     opening, _ = template.get_prefix_and_suffix("assistant", [*messages, {"role": "user", "content": question}])
-    return f"{prefix}{question}{suffix}{opening}"
+    return suffix_of_turns(question, Turns("", user, opening))
 
 
 def _ask(endpoint: BranchEndpoint, bodies: list[dict[str, Any]]) -> list[Any]:
@@ -346,8 +454,9 @@ def _ask(endpoint: BranchEndpoint, bodies: list[dict[str, Any]]) -> list[Any]:
         try:
             return endpoint.post_json("/generate", batch)
         except ServerRefusedError as error:
-            logger.info("the batch of verifications was refused (%s); asking one by one", error)
-    return [_ask_alone(endpoint, body) for body in bodies]
+            logger.info("the batch of verifications was refused (%s); each is asked by itself", error)
+    with ThreadPoolExecutor(min(len(bodies), _AT_ONCE)) as pool:
+        return list(pool.map(partial(_ask_alone, endpoint), bodies))
 
 
 def _ask_alone(endpoint: BranchEndpoint, body: dict[str, Any]) -> Any:
@@ -359,26 +468,31 @@ def _ask_alone(endpoint: BranchEndpoint, body: dict[str, Any]) -> Any:
 
 
 def _take(branch: _Branch, response: dict[str, Any], tokens: LabelTokens) -> None:
-    meta_info = response["meta_info"]
-    logprobs = label_logprobs(meta_info)
-    if not logprobs:
-        branch.error = "verification failed: the server returned no log-probabilities of the labels"
-        return
     try:
-        branch.score = tokens.probabilities(logprobs)[0]
+        reading = read_reply(response["meta_info"], tokens)
     except LabelError as error:
         branch.error = f"verification failed: {error}"
         return
-    branch.new_tokens += meta_info["prompt_tokens"] - meta_info["cached_tokens"]
-    branch.prompt_tokens = meta_info["prompt_tokens"]
-    branch.cached_tokens = meta_info["cached_tokens"]
-    branch.report = meta_info.get("rksc")
+    branch.score, branch.label_mass, branch.margin_error = reading.score, reading.label_mass, reading.error
+    branch.new_tokens += reading.new_tokens
+    branch.prompt_tokens, branch.cached_tokens = reading.prompt_tokens, reading.cached_tokens
+    branch.report = reading.report
+
+
+def _warn_of_mass(verified: list[_Branch], question: str) -> str:
+    """What is to be said where the model would hardly reply with a label; empty where it would."""
+    said = said_of_mass([branch.label_mass for branch in verified])
+    if not said:
+        return ""
+    if _endpoint(verified[0]).warn_once(question):
+        logger.warning("verify_gated: %s; ask so that the model replies with a label. It was asked: %s", said, question)
+    return said
 
 
 def _count_unspent(members: list[_Branch], question: str) -> None:
     """Length of the verification prompts that were not sent, where the ids are known."""
     for branch in members:
-        backend = branch.state.stream_executor.backend
+        backend = branch.executor.backend
         if branch.error is not None or not isinstance(backend, BranchEndpoint):
             continue
         ids = _prompt_ids(branch, question)
@@ -391,14 +505,17 @@ def _candidate(branch: _Branch) -> Candidate:
 
 def _all_failed(members: list[_Branch], branches: ProgramStateGroup) -> Exception:
     """The error of a fork without a usable branch; the server's own where that is what stopped every branch."""
-    causes = [state.error() for state in branches.states]
+    causes = [state.stream_executor.error_ for state in branches.states]
     if causes and all(isinstance(cause, ServerError) for cause in causes):
         return causes[0]
+    errors = [branch.error for branch in members]
+    if len(set(errors)) == 1:
+        return VerificationError(f"every branch failed: {errors[0]}")
     listed = "; ".join(f"branch {branch.index}: {branch.error}" for branch in members)
     return VerificationError(f"every branch failed: {listed}")
 
 
-def _verdict(members: list[_Branch], index: int, decision: SkipDecision) -> Verdict:
+def _verdict(members: list[_Branch], index: int, course: Course, of_mass: str) -> Verdict:
     return Verdict(
         best=members[index].state,
         index=index,
@@ -406,8 +523,9 @@ def _verdict(members: list[_Branch], index: int, decision: SkipDecision) -> Verd
         confidences=[branch.confidence for branch in members],
         answers=[branch.answer for branch in members],
         errors=[branch.error for branch in members],
-        skipped=decision.skip,
-        reason=decision.reason,
+        skipped=not course.verify,
+        reason=f"{course.reason}; {of_mass}" if of_mass else course.reason,
+        label_mass=[branch.label_mass for branch in members],
         new_tokens=[branch.new_tokens for branch in members],
         tokens_spent=sum(branch.new_tokens for branch in members),
         tokens_saved=sum(branch.cached_tokens for branch in members),

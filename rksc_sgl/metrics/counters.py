@@ -62,13 +62,14 @@ class Counters:
                     listener(name, total, dict(zip(self.catalogue[name].labels, values, strict=True)))
             self._listeners.append(listener)
 
-    def snapshot(self) -> dict[str, list[dict[str, Any]]]:
-        """Every counter's series as plain values: ``{name: [{"labels": {...}, "value": 3}]}``.
+    def snapshot(self, catalogue: Mapping[str, Metric] | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Series as plain values, ``{name: [{"labels": {...}, "value": 3}]}``: of some counters, or of all.
 
         A counter without labels is there from the start, with value 0; one with labels has no series until it counts.
         """
         with self._lock:
-            return {name: _series(metric, self._values[name]) for name, metric in self.catalogue.items()}
+            chosen = self.catalogue if catalogue is None else catalogue
+            return {name: _series(metric, self._values[name]) for name, metric in chosen.items()}
 
     def _metric(self, name: str) -> Metric:
         try:

@@ -46,6 +46,7 @@ class ShownNode:
         salted: whether a ``cache_salt`` keeps it apart. The salt itself is a secret and never shown.
         first_ids: its first token ids; None where nobody remembers the prompt.
         text: what they spell; None where that is not known.
+        leases: what is kept of forks that ends in it, in words.
     """
 
     id: int
@@ -61,6 +62,7 @@ class ShownNode:
     salted: bool = False
     first_ids: tuple[int, ...] | None = None
     text: str | None = None
+    leases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Listing:
         nodes = [asdict(node) for node in self.nodes]
         for node in nodes:
             node["first_ids"] = None if node["first_ids"] is None else list(node["first_ids"])
+            node["leases"] = list(node["leases"])
         return {"total": self.total, "left_out": self.left_out, "nodes": nodes}
 
     @classmethod
@@ -128,7 +131,7 @@ class Listing:
         known = {field.name for field in fields(ShownNode)}
         try:
             nodes = tuple(
-                ShownNode(**{**{key: value for key, value in node.items() if key in known}, "first_ids": _ids(node)})
+                ShownNode(**{key: value for key, value in node.items() if key in known} | _tuples(node))
                 for node in values["nodes"]
             )
             return cls(values["total"], values["left_out"], nodes)
@@ -197,6 +200,7 @@ def _children(nodes: Sequence[Node]) -> dict[int, list[Node]]:
     return children
 
 
-def _ids(node: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _tuples(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a tuple here and a list on the way."""
     ids = node.get("first_ids")
-    return None if ids is None else tuple(ids)
+    return {"first_ids": None if ids is None else tuple(ids), "leases": tuple(node.get("leases", ()))}

@@ -37,6 +37,8 @@ def facts(node: ShownNode) -> list[str]:
     found = []
     if node.parent is not None and node.locks:
         found.append(f"held {node.locks}x")
+    if node.leases:
+        found.append(f"leased: {', '.join(node.leases)}")
     if node.parent is not None and not node.resident:
         found.append("not on the device")
     if node.namespace is not None:

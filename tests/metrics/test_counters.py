@@ -92,7 +92,7 @@ def test_label_values_without_end_are_bounded_and_the_sum_stays_right(events: li
     assert ((OTHER,) in series) == (distinct > MAX_SERIES - 1)
 
 
-def test_who_follows_late_hears_of_what_was_before() -> None:
+def test_a_late_follower_hears_of_earlier_counts() -> None:
     counters, heard = Counters(), []
     counters.add(metrics.EXITS, 2, rule="certified")
     counters.follow(lambda *event: heard.append(event))

@@ -44,7 +44,7 @@ def test_depth_counts_from_the_root() -> None:
 
 
 @given(trees(), st.integers(1, 45), st.none() | st.integers(0, 5))
-def test_what_is_shown_and_what_is_left_out_are_the_tree(nodes: list[Node], most: int, depth: int | None) -> None:
+def test_shown_and_left_out_nodes_add_up_to_the_tree(nodes: list[Node], most: int, depth: int | None) -> None:
     listing = largest(nodes, most, depth)
     assert listing.total == len(nodes) == len(listing.nodes) + listing.left_out
     assert len(listing.nodes) <= most
@@ -65,7 +65,7 @@ def test_a_listing_survives_the_wire(nodes: list[Node]) -> None:
     assert Listing.from_plain(json.loads(json.dumps(listing.to_plain()))) == listing
 
 
-def test_a_newer_server_may_say_more_and_an_unreadable_one_is_named() -> None:
+def test_extra_keys_of_a_newer_server_are_ignored_and_an_unreadable_answer_is_named() -> None:
     plain = largest(SMALL, 5).to_plain()
     plain["nodes"][1]["aliases"] = [7]
     assert Listing.from_plain(plain) == largest(SMALL, 5)
@@ -85,7 +85,7 @@ def test_a_newer_server_may_say_more_and_an_unreadable_one_is_named() -> None:
         ([ROOT, Node(1, 0, 1, 0, True), Node(1, 0, 1, 0, True)], "comes twice"),
     ],
 )
-def test_nodes_that_are_no_tree_are_refused(nodes: list[Node], named: str) -> None:
+def test_nodes_that_do_not_form_a_tree_are_refused(nodes: list[Node], named: str) -> None:
     with pytest.raises(TreeListingError, match=named):
         largest(nodes, 5)
 

@@ -52,7 +52,7 @@ class Structure(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_text_tells_each_node_and_hides_control_characters() -> None:
+def test_the_text_shows_each_node_and_hides_control_characters() -> None:
     lines = as_text(listing()).splitlines()
     assert lines[0] == "scheduler 0"
     assert "root, 15 tokens" in lines[1]
