@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast lint clean
+.PHONY: help setup model demo bench test test-fast lint clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,8 +28,12 @@ setup: $(INSTALLED) ## install everything into .venv
 model: setup ## fetch the embedded model (once, into the user's cache)
 	$(BIN)/rksc model fetch
 
-demo: model ## self-consistency on 4 real problems with the embedded model
-	$(BIN)/python -m programs.self_consistency --problems 4 --branches 8 --max-tokens 96
+demo: model ## self-consistency on 8 problems with the embedded model: votes, and what stopping early saves
+	$(BIN)/python -m programs.self_consistency --source reading --problems 8 --branches 8 --max-tokens 32
+
+bench: model ## what it is worth, into benchmarks/results and README; ARGS=--quick takes about five minutes
+	$(BIN)/rksc bench $(ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 test: model ## all tests, with real servers on the CPU
 	$(BIN)/python -m pytest

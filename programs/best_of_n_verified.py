@@ -1,4 +1,9 @@
-"""Best of N: every sample is verified in place, and the one with the highest score is taken."""
+"""Best of N: every sample is verified in place, and the one with the highest score is taken.
+
+What a score is worth hangs on the model; where answers can be compared, a vote (``self_consistency``) may do better.
+With ``--early-stop`` samples that cannot change the vote are not started or aborted, and so never verified: one of
+them might have had the highest score.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,16 @@ import sys
 import sglang as sgl
 
 import rksc_sgl
-from programs.problems import Problem, phrase
+from programs.asking import SYSTEM, ask
+from programs.problems import Problem
 from programs.report import Row, row_of
-from programs.running import options, run
+from programs.running import add_early_stop, early_stop_of, options, run
 
 
 @sgl.function
 def solve(s, problem, arguments):
-    s += sgl.system("You are a careful mathematician.")
-    s += sgl.user(phrase(problem.question, 0))
-    branches = sgl.fork_similar(s, arguments.branches)
+    ask(s, problem.messages(SYSTEM))
+    branches = sgl.fork_similar(s, arguments.branches, early_stop=early_stop_of(arguments))
     branches += sgl.assistant(sgl.gen("answer", max_tokens=arguments.max_tokens, temperature=arguments.temperature))
     skip = rksc_sgl.SkipGate.published() if arguments.skip == "published" else rksc_sgl.SkipGate.never()
     verdict = sgl.verify_gated(branches, "answer", skip=skip, select="score")
@@ -36,6 +41,7 @@ def main() -> int:
         choices=["never", "published"],
         help="published: no verification where one branch is confident and leads (uncertified)",
     )
+    add_early_stop(parser, "off", "off")
     return run("best_of_n_verified", solve_problem, parser.parse_args())
 
 

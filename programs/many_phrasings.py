@@ -19,7 +19,7 @@ def solve(s, problem, arguments):
     wordings = [sgl.user(phrase(problem.question, index)) for index in range(arguments.branches)]
     branches = sgl.fork_similar(s, wordings)
     branches += sgl.assistant(sgl.gen("answer", max_tokens=arguments.max_tokens, temperature=arguments.temperature))
-    verdict = sgl.verify_gated(branches, "answer", select="weighted_majority")
+    verdict = sgl.verify_gated(branches, "answer")
     s["row"] = row_of(problem, branches, verdict, "answer")
 
 

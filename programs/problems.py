@@ -1,4 +1,4 @@
-"""Real problems with their own graders: GSM8K test items, and reasoning-gym's generators."""
+"""Problems with their own graders: GSM8K test items, reasoning-gym's generators, and facts to be read from a text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from programs.reading import Reading, readings
+from rksc_sgl.answers import extract_answer, normalize_answer, stated_answer
 from rksc_sgl.errors import OptionError, RkscError
 
 GSM8K = "gsm8k"
 REASONING_GYM = "reasoning-gym:"
+READING = "reading"  # for a very small model
 
 FULL_SCORE = 0.99  # reasoning-gym gives 1.0 to a right answer and parts of it to texts that only contain it
 UNREADABLE = (
@@ -42,19 +45,29 @@ class Problem:
         question: as it is put to the model.
         reference: the right answer; empty where the source gives none, because many answers are right.
         grade: whether a branch's whole text answers it rightly, by the source's own grader.
+        examples: worked ones, to be shown before it as turns of their own: question and reply.
     """
 
     id: str
     question: str
     reference: str
     grade: Callable[[str], bool]
+    examples: tuple[tuple[str, str], ...] = ()
+
+    def messages(self, system: str) -> list[dict[str, str]]:
+        """As a chat: its examples and itself as they are, or itself in the first of :data:`PHRASINGS`."""
+        turns = [{"role": "system", "content": system}]
+        for question, reply in self.examples:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        return [*turns, {"role": "user", "content": self.question if self.examples else phrase(self.question, 0)}]
 
 
 def load_problems(source: str, count: int, seed: int = 0) -> list[Problem]:
     """The first ``count`` problems of a source.
 
     Args:
-        source: ``gsm8k``, or ``reasoning-gym:TASK`` for one of its generators, such as ``reasoning-gym:chain_sum``.
+        source: ``gsm8k``; ``reasoning-gym:TASK`` for one of its generators, such as ``reasoning-gym:chain_sum``; or
+            ``reading``, which a very small model can do (:mod:`programs.reading`).
         count: how many.
         seed: of a generator.
 
@@ -68,12 +81,21 @@ def load_problems(source: str, count: int, seed: int = 0) -> list[Problem]:
         return _gsm8k(count)
     if source.startswith(REASONING_GYM):
         return _reasoning_gym(source.removeprefix(REASONING_GYM), count, seed)
-    raise OptionError(f"source: must be {GSM8K} or {REASONING_GYM}TASK, got {source!r}")
+    if source == READING:
+        return [_reading(index, seed, one) for index, one in enumerate(readings(count, seed))]
+    raise OptionError(f"source: must be {GSM8K}, {READING} or {REASONING_GYM}TASK, got {source!r}")
 
 
 def phrase(question: str, index: int) -> str:
     """The question in one of the wordings of :data:`PHRASINGS`, which are taken in turn."""
     return PHRASINGS[index % len(PHRASINGS)].format(question=question)
+
+
+def _reading(index: int, seed: int, one: Reading) -> Problem:
+    right = normalize_answer(one.answer)
+    return Problem(
+        f"{READING}-{seed}-{index}", one.question, one.answer, lambda text: extract_answer(text) == right, one.examples
+    )
 
 
 def _gsm8k(count: int) -> list[Problem]:
@@ -114,8 +136,6 @@ def _readings(text: str) -> list[str]:
     Its statement in its own spelling, or the whole text where it states nothing; and its number without the words
     around it. Words are never given in normal form: case can be what a task asks for.
     """
-    from rksc_sgl.frontend.answers import extract_answer, stated_answer  # its package loads SGLang
-
     stated, extracted = stated_answer(text), extract_answer(text)
     readings = [text.strip() if stated is None else stated]
     if extracted is not None and any(character.isdigit() for character in extracted):
@@ -134,4 +154,4 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RkscError(f"{name} is not installed; mend: pip install 'rksc-sgl[programs]'") from error
+        raise RkscError(f"{name} is not installed; fix: pip install 'rksc-sgl[programs]'") from error

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from programs.problems import GSM8K, Problem, load_problems
 from programs.report import Row, finish, summary
-from rksc_sgl.cli.serve import server_arguments
+from rksc_sgl.deciding import EarlyStop
 from rksc_sgl.errors import RkscError, ServerUnreachableError
 from rksc_sgl.frontend import Endpoint
 from rksc_sgl.model_fetch import DEFAULT_MODEL
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 Solve = Callable[[Problem, argparse.Namespace], Row]
@@ -26,10 +27,10 @@ Solve = Callable[[Problem, argparse.Namespace], Row]
 
 def options(program: str, about: str) -> argparse.ArgumentParser:
     """The options that every program has."""
-    parser = argparse.ArgumentParser(prog=f"python -m programs.{program}", description=about)
+    parser = argparse.ArgumentParser(prog=f"rksc run {program.replace('_', '-')}", description=about)
     parser.add_argument("--url", help="a running server; without it one is started and ended again")
     parser.add_argument("--model-path", default=DEFAULT_MODEL, help="model of the server that is started")
-    parser.add_argument("--source", default=GSM8K, help="gsm8k or reasoning-gym:TASK")
+    parser.add_argument("--source", default=GSM8K, help="gsm8k, reading or reasoning-gym:TASK")
     parser.add_argument("--problems", type=int, default=4, help="how many problems")
     parser.add_argument("--branches", type=int, default=8, help="branches of each problem")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each branch at most")
@@ -38,6 +39,32 @@ def options(program: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of generated problems")
     parser.add_argument("--json", type=Path, metavar="F", help="write the last line to this file too")
     return parser
+
+
+def add_early_stop(parser: argparse.ArgumentParser, default: str | None, said: str) -> None:
+    """The options of programs whose forks may stop early.
+
+    Args:
+        default: of ``--early-stop``.
+        said: the same in words.
+    """
+    parser.add_argument(
+        "--early-stop",
+        default=default,
+        choices=["certain", "probable", "off"],
+        help=f"when the vote counts as decided; samples that cannot matter any more are not started (default {said})",
+    )
+    parser.add_argument(
+        "--risk", type=float, help="of --early-stop probable: P(another answer than that of all samples), 0.01"
+    )
+
+
+def early_stop_of(arguments: argparse.Namespace) -> EarlyStop | None:
+    """
+    Raises:
+        OptionError: the risk is out of range, or goes with no such policy.
+    """
+    return None if arguments.early_stop == "off" else EarlyStop(arguments.early_stop, risk=arguments.risk)
 
 
 @contextmanager
@@ -59,6 +86,8 @@ def run(program: str, solve: Solve, arguments: argparse.Namespace) -> int:
     # A branch that fails is reported in its verdict; SGLang prints a traceback of each as well.
     warnings.filterwarnings("ignore", message="Error in stream_executor")
     try:
+        if hasattr(arguments, "early_stop"):
+            early_stop_of(arguments)  # refused once, and before a server is started
         problems = load_problems(arguments.source, arguments.problems, arguments.seed)
         with endpoint_of(arguments) as endpoint:
             import sglang as sgl

@@ -1,4 +1,7 @@
-"""Self-consistency: several samples of one prompt, and the answer that carries most weight."""
+"""Self-consistency: several samples of one prompt, and the answer that most of them give.
+
+Samples whose vote no longer matters are not started, or are aborted.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ import sys
 import sglang as sgl
 
 import rksc_sgl  # noqa: F401  (adds fork_similar and verify_gated to sgl)
-from programs.problems import Problem, phrase
+from programs.asking import SYSTEM, ask
+from programs.problems import Problem
 from programs.report import Row, row_of
-from programs.running import options, run
+from programs.running import add_early_stop, early_stop_of, options, run
 
 
 @sgl.function
 def solve(s, problem, arguments):
-    s += sgl.system("You are a careful mathematician.")
-    s += sgl.user(phrase(problem.question, 0))
-    branches = sgl.fork_similar(s, arguments.branches)
+    ask(s, problem.messages(SYSTEM))
+    branches = sgl.fork_similar(s, arguments.branches, early_stop=early_stop_of(arguments))
     branches += sgl.assistant(sgl.gen("answer", max_tokens=arguments.max_tokens, temperature=arguments.temperature))
     verdict = sgl.verify_gated(branches, "answer", select=arguments.select)
     s["row"] = row_of(problem, branches, verdict, "answer")
@@ -31,11 +34,15 @@ def main() -> int:
     parser = options("self_consistency", __doc__ or "")
     parser.add_argument(
         "--select",
-        default="weighted_majority",
-        choices=["weighted_majority", "majority", "score"],
-        help="how the answer is chosen; majority does without verification",
+        default="vote",
+        choices=["vote", "majority", "weighted_majority", "score"],
+        help="how the answer is chosen; vote verifies only where votes tie or cannot be compared, majority never",
     )
-    return run("self_consistency", solve_problem, parser.parse_args())
+    add_early_stop(parser, None, "certain with --select vote and majority, else off")
+    arguments = parser.parse_args()
+    if arguments.early_stop is None:  # scores and weights are of all branches
+        arguments.early_stop = "certain" if arguments.select in ("vote", "majority") else "off"
+    return run("self_consistency", solve_problem, arguments)
 
 
 if __name__ == "__main__":

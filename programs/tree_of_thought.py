@@ -26,7 +26,10 @@ def solve(s, problem, arguments):
         for state in kept:
             branches = sgl.fork_similar(state, max(2, arguments.branches // len(kept)))
             branches += sgl.assistant(sgl.gen(var, max_tokens=arguments.step_tokens, temperature=arguments.temperature))
-            verdict = sgl.verify_gated(branches, var, question=STEP_QUESTION, skip=rksc_sgl.SkipGate.never())
+            # Steps are no answers that could be voted on: their scores are all there is to go by.
+            verdict = sgl.verify_gated(
+                branches, var, question=STEP_QUESTION, skip=rksc_sgl.SkipGate.never(), select="score"
+            )
             scored += [
                 (score, branch)
                 for score, branch in zip(verdict.scores, branches.states, strict=True)
@@ -38,7 +41,7 @@ def solve(s, problem, arguments):
             branch += sgl.user("Go on." if depth + 1 < arguments.depth else "Now give the final answer as one number.")
     leaves = sgl.fork_similar(kept[0], arguments.keep)
     leaves += sgl.assistant(sgl.gen("answer", max_tokens=arguments.max_tokens, temperature=arguments.temperature))
-    verdict = sgl.verify_gated(leaves, "answer", select="weighted_majority")
+    verdict = sgl.verify_gated(leaves, "answer")
     s["row"] = row_of(problem, leaves, verdict, "answer")
 
 

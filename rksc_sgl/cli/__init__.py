@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from rksc_sgl.cli import calibrate, doctor, prove, serve, tree
+from rksc_sgl.cli import calibrate, doctor, prove, run, serve, tree
 from rksc_sgl.model_fetch.command import app as model_app
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 app.command("prove")(prove.prove)
 app.command("tree")(tree.tree)
+app.command("run", context_settings=run.CONTEXT, add_help_option=False)(run.run)
+app.command("bench", context_settings=run.CONTEXT, add_help_option=False)(run.bench)
 app.add_typer(model_app, name="model")
 
 

@@ -14,17 +14,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import OptionError, RkscError
 from rksc_sgl.exit_settings import TRACE_VARIABLE, profile_directory
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    from rksc_sgl.calibration.certificate import Certificate
+    from rksc_sgl.calibration.certificate import Certificate, HeldOutFigures
     from rksc_sgl.calibration.profile import Profile
+    from rksc_sgl.calibration.thresholds import CertifiedPoint, SkipPoint
     from rksc_sgl.frontend.endpoint import Endpoint
 
-DEFAULT_DELTAS = (0.005, 0.01, 0.02, 0.05)
+DEFAULT_RISKS = (0.005, 0.01, 0.02, 0.05)
 
 
 def calibrate(
@@ -42,9 +43,14 @@ def calibrate(
         str | None, typer.Option(help="The verification question; {labels} is filled in. Default: verify_gated's own.")
     ] = None,
     labels: Annotated[str, typer.Option(help="What the model may reply, the affirmative first.")] = "YES,NO",
-    delta: Annotated[list[float], typer.Option(help="Risk to certify; may be given several times.")] = list(  # noqa: B006
-        DEFAULT_DELTAS
-    ),
+    risk: Annotated[
+        list[float] | None,
+        typer.Option(
+            help=f"Risk to certify; may be given several times. Default: {', '.join(map(str, DEFAULT_RISKS))}.",
+            show_default=False,
+        ),
+    ] = None,
+    delta: Annotated[list[float] | None, typer.Option(hidden=True, help="What --risk was called before.")] = None,
     alpha: Annotated[float, typer.Option(help="1 - confidence of each certificate.")] = 0.05,
     out: Annotated[Path | None, typer.Option(help="The profile. Default: in the cache, where servers look.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of risk against saving. Default: beside the profile.")] = None,
@@ -55,7 +61,7 @@ def calibrate(
 
     Full-depth verifications of a workload are traced on a real server; a read-out a layer is fitted on some of the
     forks, thresholds are certified on others (Learn-then-Test), and the rest shows what they do. Interrupted, it
-    goes on from the traces that it has.
+    goes on from the traces that it has. The profile is valid for servers that serve the model in the same way.
     """
     # Not before it is needed: SGLang takes seconds to import.
     from rksc_sgl.calibration import workload
@@ -75,7 +81,7 @@ def calibrate(
         if jsonl
         else list(workload.built_in(forks, branches=branches, seed=seed, families=workload.CALIBRATION_FAMILIES)),
         source=f"{jsonl.name}, {digest(jsonl.read_bytes())}" if jsonl else built_in,
-        deltas=tuple(sorted(set(delta))),
+        risks=risks_of(risk, delta),
         alpha=alpha,
         seed=seed,
     )
@@ -92,9 +98,26 @@ def calibrate(
         _show(profile, found, target, picture)
     if not profile.points:
         raise RkscError(
-            f"no exit rule could be certified at {', '.join(f'{value:g}' for value in plan.deltas)}: take more forks "
-            "(299 without an error are needed for 0.01) or a larger --delta; the profile says so to servers"
+            f"no exit rule could be certified at {', '.join(f'{value:g}' for value in plan.risks)}: take more forks "
+            "(299 without an error are needed for 0.01) or a larger --risk; the profile says so to servers"
         )
+
+
+def risks_of(risk: list[float] | None, delta: list[float] | None) -> tuple[float, ...]:
+    """The risks to certify, ascending, each once.
+
+    Args:
+        risk: as given with ``--risk``.
+        delta: as given with ``--delta``, which is the same by the name that it had before, and warns.
+
+    Raises:
+        OptionError: both are given.
+    """
+    if risk and delta:
+        raise OptionError("--delta: is what --risk was called before; give --risk only")
+    if delta:
+        print("rksc: warning: --delta is called --risk now", file=sys.stderr)
+    return tuple(sorted(set(risk or delta or DEFAULT_RISKS)))
 
 
 @contextlib.contextmanager
@@ -118,10 +141,15 @@ def _summary(profile: Profile, found: Certificate, target: Path, picture: Path) 
         "alpha": profile.alpha,
         "workload": profile.workload,
         "r2": {str(layer): round(value, 4) for layer, value in found.r2.items()},
-        "points": [asdict(point) for point in profile.points],
-        "skip_points": [asdict(point) for point in profile.skip_points],
-        "test": [asdict(figures) for figures in found.test],
+        "points": [_plain(point) for point in profile.points],
+        "skip_points": [_plain(point) for point in profile.skip_points],
+        "test": [_plain(figures) for figures in found.test],
     }
+
+
+def _plain(row: CertifiedPoint | SkipPoint | HeldOutFigures) -> dict[str, Any]:
+    """A row as plain values; ``delta`` is what its risk was called before."""
+    return {"delta": row.risk, **asdict(row)}
 
 
 def _show(profile: Profile, found: Certificate, target: Path, picture: Path) -> None:
@@ -130,7 +158,7 @@ def _show(profile: Profile, found: Certificate, target: Path, picture: Path) -> 
         table.add_column(column, justify="right")
     for point, figures in zip(profile.points, found.test, strict=True):
         table.add_row(
-            f"{point.delta:g}",
+            f"{point.risk:g}",
             point.scope,
             f"{point.t:g}",
             f"{point.layers_fraction:.0%}",
@@ -142,7 +170,5 @@ def _show(profile: Profile, found: Certificate, target: Path, picture: Path) -> 
     best = max(found.r2, key=lambda layer: found.r2[layer])
     console.print(f"read-outs: R2 {found.r2[best]:.2f} at layer {best} of {profile.layers}")
     for skip in profile.skip_points:
-        console.print(
-            f"skip at risk {skip.delta:g}: {skip.agreement:.0%} agree ({skip.skipped_share:.0%} of the forks)"
-        )
+        console.print(f"skip at risk {skip.risk:g}: {skip.agreement:.0%} agree ({skip.skipped_share:.0%} of the forks)")
     console.print(f"profile {target}\nplot    {picture}")

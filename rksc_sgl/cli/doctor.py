@@ -1,4 +1,4 @@
-"""``rksc doctor``: proves the installation, and names the mend of what fails."""
+"""``rksc doctor``: checks the installation, and says how to fix what fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Check:
     Attributes:
         name: what was looked at.
         ok: whether it is as it must be.
-        detail: what was found; where it is not ok, also the mend.
+        detail: what was found; where it is not ok, also how to fix it.
     """
 
     name: str
@@ -38,7 +38,7 @@ def doctor(
         bool, typer.Option(help="Start a server, send one request, end it again (about a minute).")
     ] = True,
 ) -> None:
-    """Prove the installation: versions, entry points, platform, hooked targets, model, port, a round trip.
+    """Check the installation: versions, entry points, platform, hooked targets, model, port, a round trip.
 
     Whether a server that runs already reuses what it says is shown by `rksc prove`.
     """
@@ -78,27 +78,27 @@ def examine(model: str, round_trip: bool) -> Iterator[Check]:
     if good:
         yield check_round_trip(model)
     else:
-        yield Check("round trip", False, "not tried, because a check before it failed; mend that first")
+        yield Check("round trip", False, "not tried, because a check before it failed; fix that first")
 
 
 def check_python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check("python", (3, 10) <= sys.version_info[:2] < (3, 14), f"{version}; 3.10 to 3.13 are supported")
+    return Check("python", (3, 11) <= sys.version_info[:2] < (3, 14), f"{version}; 3.11 to 3.13 are supported")
 
 
 def check_sglang_version() -> Check:
-    from rksc_sgl.sglang_plugin.hooks import SGLANG_VERSION
+    from rksc_sgl.sglang_plugin.wiring.registry import SGLANG_VERSION
 
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
-        return Check("sglang", False, f"not installed; mend: pip install sglang=={SGLANG_VERSION}")
+        return Check("sglang", False, f"not installed; fix: pip install sglang=={SGLANG_VERSION}")
     if version != SGLANG_VERSION:
         return Check(
             "sglang",
             False,
             f"{version} is installed and our hooks are made for {SGLANG_VERSION}; "
-            f"mend: pip install sglang=={SGLANG_VERSION}",
+            f"fix: pip install sglang=={SGLANG_VERSION}",
         )
     return Check("sglang", True, version)
 
@@ -107,9 +107,9 @@ def check_entry_point(group: str, name: str, value: str) -> Check:
     found = [one for one in importlib.metadata.entry_points(group=group) if one.name == name]
     label = f"entry point {group}"
     if not found:
-        return Check(label, False, f"{name} is not registered; mend: pip install rksc-sgl (or pip install -e .)")
+        return Check(label, False, f"{name} is not registered; fix: pip install rksc-sgl (or pip install -e .)")
     if found[0].value != value:
-        return Check(label, False, f"{name} is {found[0].value}, expected {value}; mend: reinstall rksc-sgl")
+        return Check(label, False, f"{name} is {found[0].value}, expected {value}; fix: reinstall rksc-sgl")
     return Check(label, True, f"{name} = {value}")
 
 
@@ -119,7 +119,7 @@ def check_platform() -> Check:
     try:
         ours = in_use()
     except (ImportError, RuntimeError, TypeError) as error:
-        return Check("platform", False, f"SGLang finds none: {error}; mend: unset SGLANG_PLATFORM")
+        return Check("platform", False, f"SGLang finds none: {error}; fix: unset SGLANG_PLATFORM")
     from sglang.srt.platforms import current_platform
 
     accelerator = accelerator_present()
@@ -127,7 +127,7 @@ def check_platform() -> Check:
         return Check(
             "platform",
             False,
-            f"{current_platform!r} was chosen and there is no accelerator; mend: unset SGLANG_USE_CPU_ENGINE and "
+            f"{current_platform!r} was chosen and there is no accelerator; fix: unset SGLANG_USE_CPU_ENGINE and "
             "SGLANG_PLATFORM, or set SGLANG_PLATFORM=rksc_cpu",
         )
     return Check("platform", True, f"{current_platform!r}, accelerator: {accelerator or 'none'}")
@@ -135,14 +135,15 @@ def check_platform() -> Check:
 
 def hook_checks() -> list[Callable[[], Check]]:
     """One check for each hooked target."""
-    from rksc_sgl.sglang_plugin.hooks import HOOKS, SGLANG_VERSION, Hook, problem_of
+    from rksc_sgl.sglang_plugin.wiring.hooks import HOOKS
+    from rksc_sgl.sglang_plugin.wiring.registry import SGLANG_VERSION, Hook, problem_of
 
     def check(hook: Hook) -> Check:
         problem = problem_of(hook)
         if problem is None:
             return Check(f"hook {hook.target}", True, f"{hook.kind}, {hook.process}")
-        mend = f"mend: pip install sglang=={SGLANG_VERSION}, for which this release was made"
-        return Check(f"hook {hook.target}", False, f"{problem}; {mend}")
+        fix = f"fix: pip install sglang=={SGLANG_VERSION}, for which this release was made"
+        return Check(f"hook {hook.target}", False, f"{problem}; {fix}")
 
     return [lambda hook=hook: check(hook) for hook in HOOKS]  # type: ignore[misc]
 
@@ -164,15 +165,15 @@ def check_port() -> Check:
     try:
         return Check("free port", True, f"{free_port()} on 127.0.0.1")
     except OSError as error:
-        return Check("free port", False, f"none on 127.0.0.1 ({error}); mend: allow listening on the loopback")
+        return Check("free port", False, f"none on 127.0.0.1 ({error}); fix: allow listening on the loopback")
 
 
 def check_round_trip(model: str) -> Check:
     """Start a server as ``rksc serve`` does, generate as one branch of a group, and read the report back."""
-    import httpx
-
-    from rksc_sgl.cli.serve import problems_in, server_arguments
+    from rksc_sgl.cli.serve import problems_in
+    from rksc_sgl.http_client import HttpClient
     from rksc_sgl.options import KEY
+    from rksc_sgl.server_arguments import server_arguments
     from rksc_sgl.server_process import ServerProcess
 
     body = {
@@ -184,16 +185,17 @@ def check_round_trip(model: str) -> Check:
         },
     }
     try:
-        with ServerProcess(server_arguments(["--model-path", model])) as server:
-            problems = problems_in(server.get_json("/rksc/info"))
-            answer = httpx.post(f"{server.url}/generate", json=body, timeout=120.0, trust_env=False)
-            answer.raise_for_status()
-            result = answer.json()
-    except (RkscError, httpx.HTTPError) as error:
-        return Check("round trip", False, f"{error}; mend: run `rksc serve --model-path {model}` and read its log")
+        with (
+            ServerProcess(server_arguments(["--model-path", model])) as server,
+            HttpClient(server.url, timeout=120.0) as client,
+        ):
+            problems = problems_in(client.get_json("/rksc/info"))
+            result = client.post_json("/generate", body)
+    except RkscError as error:
+        return Check("round trip", False, f"{error}; fix: run `rksc serve --model-path {model}` and read its log")
     report = result["meta_info"].get(KEY)
     if report is None:
         problems.append("the response carries no meta_info['rksc']")
     if problems:
-        return Check("round trip", False, "; ".join(problems) + "; mend: see the hook checks above")
+        return Check("round trip", False, "; ".join(problems) + "; fix: see the hook checks above")
     return Check("round trip", True, f"{result['text']!r}, reported {report}")

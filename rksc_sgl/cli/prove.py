@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -15,11 +15,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from rksc_sgl import __version__
-from rksc_sgl.cli.tree import DEFAULT_URL, UNBROKEN, get_from_plugin
+from rksc_sgl.cli.tree import DEFAULT_URL, TIMEOUT_S, UNBROKEN
 from rksc_sgl.errors import ServerVersionError
-from rksc_sgl.proof.arms import Steps, arms_of, measure
+from rksc_sgl.http_client import HttpClient
+from rksc_sgl.proof.arms import OPTIONAL, Steps, arms_of, measure
+from rksc_sgl.proof.outcome import Proof, Row, judge
 from rksc_sgl.proof.texts import prompts
-from rksc_sgl.proof.verdict import Proof, Row, judge
 
 FULL = "float32"
 NOT_OFFERED = "not offered by this server"
@@ -37,23 +38,51 @@ def prove(
     seconds, and the KL of the next token to the exact run. Exit code 1 where reuse silently does not happen, where an
     answer is not its prompt's, or where somebody who did not ask for it meets approximate KV. Times are not judged.
     """
-    url = url.rstrip("/")
-    info = get_from_plugin(url, "/rksc/info", {}, api_key)
+    found = prove_server(url.rstrip("/"), api_key, repeats)
+    if as_json:
+        print(json.dumps(_summary(found, repeats)))
+    else:
+        _show(found, repeats)
+    sys.exit(0 if found.proof.proven else 1)
+
+
+@dataclass(frozen=True)
+class ProvenServer:
+    """What a proof found of a server.
+
+    Attributes:
+        url: of the server.
+        proof: the result.
+        numbers: the number types that it computes in.
+        declined: by :data:`~rksc_sgl.proof.arms.OPTIONAL`, why the server does not offer it.
+    """
+
+    url: str
+    proof: Proof
+    numbers: str
+    declined: dict[str, str]
+
+
+def prove_server(url: str, api_key: str | None = None, repeats: int = 1) -> ProvenServer:
+    """Run a proof on a server, whose cache is flushed.
+
+    Raises:
+        ServerVersionError: it runs another version of this package.
+        ServerError: it refused a request or went away.
+    """
+    with HttpClient(url, api_key, timeout=TIMEOUT_S) as client:
+        info = client.get_json("/rksc/info")
     check_version(url, info)
     # Not before it is needed: SGLang takes seconds to import.
     from rksc_sgl.frontend.endpoint import Endpoint
 
     endpoint = Endpoint(url, api_key)
-    merges = "merge" in info["share_modes"]
+    declined = declined_in(info)
+    offered = [name for name in OPTIONAL if name not in declined]
     numbers = number_types(endpoint.get_server_info())
-    plan = arms_of(merges)
+    plan = arms_of(offered)
     measured = measure(endpoint, prompts(), plan, repeats, _progress)
-    proof = judge(measured, plan, merges, full_precision=numbers == FULL)
-    if as_json:
-        print(json.dumps(_summary(proof, numbers, repeats)))
-    else:
-        _show(proof, url, numbers, repeats)
-    sys.exit(0 if proof.proven else 1)
+    return ProvenServer(url, judge(measured, plan, offered, full_precision=numbers == FULL), numbers, declined)
 
 
 def check_version(url: str, info: dict[str, Any]) -> None:
@@ -69,6 +98,15 @@ def check_version(url: str, info: dict[str, Any]) -> None:
         )
 
 
+def declined_in(info: dict[str, Any]) -> dict[str, str]:
+    """Which of :data:`~rksc_sgl.proof.arms.OPTIONAL` a server declines, and why, from its ``/rksc/info``.
+
+    One that a single scheduler of several declines is declined, for any of them may get a request.
+    """
+    offers = [state["offers"] for state in info["schedulers"] if state is not None]
+    return {name: one[name]["refusal"] for one in offers for name in OPTIONAL if not one[name]["offered"]}
+
+
 def number_types(server_info: dict[str, Any]) -> str:
     """The model's number type, and that of its KV where it is another; ``auto`` is what the model's files say."""
     model, kv = server_info["dtype"], server_info["kv_cache_dtype"]
@@ -79,13 +117,15 @@ def _progress(steps: Steps) -> Any:
     return tqdm(steps, desc="prove", unit="run", file=sys.stderr)
 
 
-def _summary(proof: Proof, numbers: str, repeats: int) -> dict[str, Any]:
+def _summary(found: ProvenServer, repeats: int) -> dict[str, Any]:
+    proof = found.proof
     return {
         "proven": proof.proven,
         "verdict": proof.verdict,
         "notes": list(proof.notes),
-        "merge_offered": proof.merges,
-        "number_types": numbers,
+        "blend_offered": "blend" in proof.offered,
+        "merge_offered": "merge" in proof.offered,
+        "number_types": found.numbers,
         "repeats": repeats,
         "noise_limit": proof.noise_limit,
         "blend_limit": proof.blend_limit,
@@ -93,9 +133,10 @@ def _summary(proof: Proof, numbers: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _show(proof: Proof, url: str, numbers: str, repeats: int) -> None:
+def _show(found: ProvenServer, repeats: int) -> None:
+    proof = found.proof
     table = Table(
-        title=f"{url}, {numbers}, {repeats} {'run' if repeats == 1 else 'runs'} a row",
+        title=f"{found.url}, {found.numbers}, {repeats} {'run' if repeats == 1 else 'runs'} a row",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -105,7 +146,7 @@ def _show(proof: Proof, url: str, numbers: str, repeats: int) -> None:
     for row in proof.rows:
         table.add_row(*_cells(row))
     shown = {row.name for row in proof.rows}
-    missing = [arm.name for arm in arms_of(merges=True) if arm.name not in shown]
+    missing = [arm.name for arm in arms_of(OPTIONAL) if arm.name not in shown]
     for name in missing:
         table.add_row(name, *([""] * (len(_COLUMNS) - 2)), "-")
     console = Console(width=None if sys.stdout.isatty() else UNBROKEN, highlight=False)
@@ -115,6 +156,8 @@ def _show(proof: Proof, url: str, numbers: str, repeats: int) -> None:
         console.print(escape(f"  {row.name}: {row.expected}{declined}"))
     for name in missing:
         console.print(f"  {name}: {NOT_OFFERED}")
+    for name, refusal in found.declined.items():
+        console.print(escape(f"{name} is not offered: {refusal}"))
     console.print(
         f"KL: of the next token, to the same prompt's exact run, in nats, the largest of the runs; up to "
         f"{proof.noise_limit:.2g} is noise, and a blend may have {proof.blend_limit:.2g}."

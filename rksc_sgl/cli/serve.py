@@ -1,37 +1,28 @@
-"""``rksc serve``: SGLang's own server, with our backend selected."""
+"""``rksc serve``: SGLang's own server, with everything of ours in place, or none at all."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 
-from rksc_sgl.calibration.profile import load
+from rksc_sgl.cpu_platform.pool_choice import pool_text
 from rksc_sgl.errors import RkscError
-from rksc_sgl.exit_settings import (
-    AUDIT_RATE_VARIABLE,
-    AUDIT_STOP_VARIABLE,
-    PROFILE_VARIABLE,
-    TRACE_VARIABLE,
-    Settings,
-)
-from rksc_sgl.model_fetch import is_embedded, resolve_model
-from rksc_sgl.server_process import HEALTH_VARIABLE, STOP_GRACE_S, ServerProcess, argument, port_is_free
+from rksc_sgl.server_arguments import argument, server_arguments, take_switches
+from rksc_sgl.server_process import HEALTH_VARIABLE, STOP_GRACE_S, ServerProcess, port_is_free
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 DRAIN_S = 30.0  # after SIGTERM, SGLang finishes what it has begun
-_MODEL_FLAGS = ("--model-path", "--model")
 
 HELP = """Usage: rksc serve --model-path MODEL [any SGLang server flag]
 
-SGLang's own server with the radix backend `rksc` selected. MODEL is an embedded model's name
+SGLang's own server with rksc in its processes. MODEL is an embedded model's name
 (`rksc model list`), a Hugging Face id, or a path. On a machine without an accelerator the CPU platform
 `rksc_cpu` is selected by itself; SGLANG_PLATFORM=rksc_cpu forces it.
 
@@ -43,14 +34,30 @@ SGLang's own server with the radix backend `rksc` selected. MODEL is an embedded
   --rksc-audit-rate R    compare this share of the early exits with full depth, 0 to 1 (default 0)
   --rksc-audit-stop      switch exits off when the audit refutes the certificate
   --rksc-trace           let requests ask for hidden states, as calibration does
+  --rksc-pass-tokens N   what a pass costs before it computes, in tokens of a prefill: siblings wait for a common
+                         beginning where that saves more (default: 28 on a CPU, 1024 on an accelerator)
+  --rksc-fork JSON       defaults and limits of requests that are forks (docs/one_request.md), such as
+                         '{"branches": 4, "limits": {"forks": 32}}'; with "v1": true every request on /v1 is one
+                         that does not say otherwise (docs/scale_out.md)
+  --rksc-packed-attention
+                         on Triton attention, computed tokens of a blend attend in one operation a layer, not run by run
+                         (docs/support.md: not run on a GPU)
+  --rksc-lease-seconds S keep forks whole when memory is short; what is kept of one goes after so long without a
+                         request of it (default 0: nothing is kept; try 30, docs/memory.md)
+  --rksc-allow-untested  offer also what was never run on a server like this one (docs/support.md); every report
+                         of it then carries a warning. What is known to be wrong stays refused
   --sglang-help          every flag of SGLang's server
   --help                 this text
+
+Environment:
+  RKSC_CACHE_DIR         where models, profiles, traces and the compiled library are kept (default: the user's cache)
+  RKSC_NATIVE=0          decoder layers of the CPU platform as PyTorch operations, without the compiled library
 
 Ctrl-C ends the server and all of its processes at once; SIGTERM lets it finish what it has begun, for 30 s."""
 
 
 def serve(context: typer.Context) -> None:
-    """Start SGLang's server with our backend selected; every SGLang flag passes through."""
+    """Start SGLang's server with rksc in its processes; every SGLang flag passes through."""
     args = list(context.args)
     if "--help" in args or "-h" in args:
         typer.echo(HELP)
@@ -67,7 +74,7 @@ def run(args: list[str]) -> int:
     """Serve until the server ends or a signal comes; the exit code.
 
     Raises:
-        RkscError: the arguments are of no use, or the server did not start.
+        RkscError: the arguments are invalid, or the server did not start.
     """
     args, variables = take_switches(args)
     host = argument(args, "--host") or DEFAULT_HOST
@@ -92,7 +99,7 @@ def run(args: list[str]) -> int:
         problems = problems_in(info)
         if problems:
             raise RkscError("SGLang runs, but not all of rksc does, so it was ended again:\n  " + "\n  ".join(problems))
-        print(summary(server.url, info), flush=True)
+        print(summary(server.url, info), f"  {pool_text(server.get_json('/server_info'))}", sep="\n", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         print("rksc: ending the server", file=sys.stderr)
@@ -101,45 +108,6 @@ def run(args: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.stop(grace)
-
-
-def take_switches(args: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without our own switches, and these as environment variables of the server's processes.
-
-    Raises:
-        RkscError: a switch has a value of no use.
-    """
-    variables: dict[str, str] = {}
-    profile, rate = argument(args, "--rksc-profile"), argument(args, "--rksc-audit-rate")
-    if profile is not None:
-        load(profile)
-        variables[PROFILE_VARIABLE] = str(Path(profile).absolute())
-    if rate is not None:
-        variables[AUDIT_RATE_VARIABLE] = rate
-        Settings.from_environment(variables)
-    left = _without(args, "--rksc-profile", "--rksc-audit-rate")
-    for switch, variable in (("--rksc-audit-stop", AUDIT_STOP_VARIABLE), ("--rksc-trace", TRACE_VARIABLE)):
-        if switch in left:
-            variables[variable] = "1"
-            left.remove(switch)
-    return left, variables
-
-
-def server_arguments(args: list[str]) -> list[str]:
-    """SGLang's arguments for ours: the model resolved, our backend selected, host and port taken out.
-
-    Raises:
-        RkscError: no model is named.
-    """
-    model = argument(args, *_MODEL_FLAGS)
-    if model is None:
-        raise RkscError("--model-path: name a model, for example --model-path smollm2-135m-instruct")
-    result = ["--model-path", resolve_model(model), *_without(args, *_MODEL_FLAGS, "--host", "--port")]
-    if is_embedded(model) and argument(args, "--served-model-name") is None:
-        result += ["--served-model-name", model]
-    if argument(args, "--radix-cache-backend") is None and "--disable-radix-cache" not in args:
-        result += ["--radix-cache-backend", "rksc"]
-    return result
 
 
 def problems_in(info: dict[str, Any]) -> list[str]:
@@ -161,12 +129,24 @@ def problems_in(info: dict[str, Any]) -> list[str]:
 def summary(url: str, info: dict[str, Any]) -> str:
     """What is active, in one short block."""
     scheduler = info["schedulers"][0]
+    offers = scheduler["offers"]
+    lines = [f"  {name}: {_told(offer)}" for name, offer in offers.items() if _told(offer)]
+    told = "".join(f"\n{line}" for line in lines)
+    offered = ", ".join(name for name, offer in offers.items() if offer["offered"]) or "nothing"
     return (
         f"rksc {info['version']} on {url}\n"
         f"  platform {info['platform']}, attention {scheduler['attention_backend']}, "
         f"tree {scheduler['tree_cache']} (radix backend {info['radix_cache_backend'] or 'default'})\n"
-        f"  sharing {', '.join(info['share_modes'])}; {len(info['hooks'])} hooks in place; GET {url}/rksc/info"
+        f"  offered: {offered}{told}\n"
+        f"  {len(info['hooks'])} hooks in place; GET {url}/rksc/info"
     )
+
+
+def _told(offer: dict[str, Any]) -> str:
+    """What there is to say of one offer; empty where it is offered and was tested."""
+    if not offer["offered"]:
+        return f"refused: {offer['refusal']}"
+    return f"untested: {offer['warning']}" if offer["warning"] else ""
 
 
 def _port(text: str | None) -> int:
@@ -175,19 +155,3 @@ def _port(text: str | None) -> int:
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise RkscError(f"--port: must be 1 to 65535, got {text!r}")
     return int(text)
-
-
-def _without(args: list[str], *names: str) -> list[str]:
-    """The arguments without these flags and their values."""
-    result: list[str] = []
-    skip_value = False
-    for word in args:
-        if skip_value:
-            skip_value = False
-            continue
-        flag, separator, _ = word.partition("=")
-        if flag.replace("_", "-") in names:
-            skip_value = not separator
-            continue
-        result.append(word)
-    return result

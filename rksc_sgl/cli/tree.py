@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 
-from rksc_sgl.errors import RkscError, ServerRefusedError, ServerUnreachableError, TreeListingError
+from rksc_sgl.errors import RkscError, TreeListingError
+from rksc_sgl.http_client import HttpClient
 from rksc_sgl.tree_view import AliasEdge, Listing, page, text_tree
 
 TIMEOUT_S = 60.0
@@ -30,7 +30,8 @@ def tree(
 ) -> None:
     """Show which prefixes a running server has cached, how they branch, and what is in use."""
     params = {"max_nodes": max_nodes, **({} if depth is None else {"depth": depth})}
-    answer = get_from_plugin(url.rstrip("/"), "/rksc/tree", params, api_key)
+    with HttpClient(url, api_key, timeout=TIMEOUT_S) as client:
+        answer = client.get_json("/rksc/tree", params)
     if html is not None:
         _write(html, page(f"Radix tree of {url}", [(_title(one), _listing(one)) for one in answer["schedulers"]]))
     if as_json:
@@ -41,36 +42,6 @@ def tree(
         console = Console(width=None if sys.stdout.isatty() else UNBROKEN)
         for one in answer["schedulers"]:
             console.print(text_tree(_title(one), _listing(one)))
-
-
-def get_from_plugin(url: str, path: str, params: dict[str, Any], api_key: str | None = None) -> dict[str, Any]:
-    """The JSON that one of our routes answers.
-
-    Raises:
-        ServerUnreachableError: nobody answers at ``url``.
-        ServerRefusedError: a server that does not have the route, or that answers with an error.
-    """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        response = httpx.get(url + path, params=params, headers=headers, timeout=TIMEOUT_S, trust_env=False)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ServerUnreachableError(
-            f"no server answers at {url} ({error}); `rksc serve --model-path M` starts one, --url names another"
-        ) from error
-    if response.status_code == 404:
-        raise ServerRefusedError(
-            f"the server at {url} has no {path}: it runs without the rksc plugin, or with an older one; "
-            "`rksc serve` starts one with it",
-            404,
-        )
-    try:
-        if response.status_code == 200:
-            return response.json()
-        reason = response.text.strip() or response.reason_phrase
-    except json.JSONDecodeError:
-        reason = "not JSON, so this is no SGLang server"
-    hint = "; --api-key gives the server's key" if response.status_code in (401, 403) else ""
-    raise ServerRefusedError(f"{url}{path} answered {response.status_code}: {reason}{hint}", response.status_code)
 
 
 def _listing(answer: dict[str, Any]) -> Listing:

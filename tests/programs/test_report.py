@@ -30,6 +30,23 @@ def test_a_row_says_why_verification_was_skipped_and_when_it_was_done() -> None:
     assert "done" in done
 
 
+def test_what_stopping_saved_is_said_once_and_only_where_something_was_stopped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stopped = Row("p1", "q", ("7", "7"), "7", completion_tokens=20, not_started_branches=2, tokens_saved=20)
+    aborted = Row("p2", "q", ("7", "8"), "7", completion_tokens=40, stopped_branches=1)
+    printed = _printed([stopped, aborted])
+    assert "7 7 (2 not started)" in printed and "7 8 (1 stopped)" in printed
+    finish([stopped, aborted], {}, None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 branches were not started, 1 aborted; 60 tokens were generated and about 20 saved (25% of" in said
+    finish([Row("p1", "q", ("7",))], {}, None)
+    assert "not started" not in capsys.readouterr().out
+    result = summary("program", "model", [stopped, aborted], 2, 0.0)
+    keys = ("stopped_branches", "not_started_branches", "tokens_saved_by_stopping")
+    assert [result[key] for key in keys] == [1, 2, 20]
+
+
 def test_the_summary_adds_up_its_rows_and_keeps_extra_fields() -> None:
     rows = [
         Row("p1", "q", correct=True, verify_skipped=True, prompt_tokens=100, cached_tokens=80, completion_tokens=20),

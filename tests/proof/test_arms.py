@@ -15,6 +15,7 @@ from rksc_sgl.proof.arms import (
     EXACT,
     MERGE,
     NOISE,
+    OPTIONAL,
     Answer,
     arms_of,
     measure,
@@ -58,19 +59,19 @@ def server() -> Iterator[Recording]:
     yield Recording()
 
 
-def run_of(server: Recording, merges: bool, name: str) -> int:
+def run_of(name: str) -> int:
     """The place of an arm's first run; the exact runs come before all."""
-    return 1 + [arm.name for arm in arms_of(merges)].index(name)
+    return 1 + [arm.name for arm in arms_of(OPTIONAL)].index(name)
 
 
 def test_each_run_begins_with_a_flush(server: Recording) -> None:
-    plan = arms_of(True)
+    plan = arms_of(OPTIONAL)
     measure(server, prompts(), plan, 3)
     assert len(server.runs) == 1 + 3 * len(plan)
     assert [len(run) for run in server.runs[1 : 1 + len(plan)]] == [len(arm.before) + 1 for arm in plan]
 
 
-def test_every_second_time_the_order_is_the_opposite(server: Recording) -> None:
+def test_every_second_repeat_runs_in_the_opposite_order(server: Recording) -> None:
     steps: list[str] = []
 
     def watch(planned: list[Any]) -> Iterator[Any]:
@@ -78,15 +79,17 @@ def test_every_second_time_the_order_is_the_opposite(server: Recording) -> None:
             steps.append(step[1].name)
             yield step
 
-    plan = arms_of(False)
+    plan = arms_of(("blend",))
     measure(server, prompts(), plan, 2, watch)
     names = [arm.name for arm in plan]
     assert steps == names + names[::-1]
 
 
-def test_every_arm_has_an_answer_a_repeat_and_every_prompt_an_exact_one(server: Recording) -> None:
-    measured = measure(server, prompts(), arms_of(True), 2)
-    assert {name: len(answers) for name, answers in measured.answers.items()} == {arm.name: 2 for arm in arms_of(True)}
+def test_every_arm_has_one_answer_for_each_repeat_and_every_prompt_an_exact_one(server: Recording) -> None:
+    measured = measure(server, prompts(), arms_of(OPTIONAL), 2)
+    assert {name: len(answers) for name, answers in measured.answers.items()} == {
+        arm.name: 2 for arm in arms_of(OPTIONAL)
+    }
     assert set(measured.exact) == set(Prompts.__annotations__)
     found = measured.answers[EXACT][0]
     assert isinstance(found, Answer) and found.cached_tokens == found.prompt_tokens - 1
@@ -94,38 +97,45 @@ def test_every_arm_has_an_answer_a_repeat_and_every_prompt_an_exact_one(server: 
 
 
 def test_exact_runs_and_controls_do_not_opt_in(server: Recording) -> None:
-    measure(server, prompts(), arms_of(True), 1)
+    measure(server, prompts(), arms_of(OPTIONAL), 1)
     assert server.options(0) == [None] * 6
-    assert server.options(run_of(server, True, COLD)) == server.options(run_of(server, True, NOISE)) == [None]
-    *before, control = server.options(run_of(server, True, AFTER_MERGE))
+    assert server.options(run_of(COLD)) == server.options(run_of(NOISE)) == [None]
+    *before, control = server.options(run_of(AFTER_MERGE))
     assert control is None
     assert [one["share"] for one in before] == ["blend", "blend", "merge", "merge"]
 
 
-def test_forks_of_two_runs_are_never_one(server: Recording) -> None:
-    measure(server, prompts(), arms_of(True), 2)
+def test_two_runs_never_share_a_fork(server: Recording) -> None:
+    measure(server, prompts(), arms_of(OPTIONAL), 2)
     groups: list[set[str]] = []
     for run in range(len(server.runs)):
         groups.append({one["group"] for one in server.options(run) if one})
     named = [group for run in groups for group in run]
     assert len(named) == len(set(named)) > 10
     other = Recording()
-    measure(other, prompts(), arms_of(True), 1)
-    assert not {one["group"] for one in other.options(2) + other.options(4) if one} & set(named)
+    measure(other, prompts(), arms_of(OPTIONAL), 1)
+    later = {one["group"] for run in range(len(other.runs)) for one in other.options(run) if one}
+    assert len(later) > 5 and not later & set(named), "a second proof of one server is of other forks"
 
 
 def test_a_branch_follows_its_donor_in_one_fork(server: Recording) -> None:
-    measure(server, prompts(), arms_of(True), 1)
+    measure(server, prompts(), arms_of(OPTIONAL), 1)
     for name, share in ((BLEND, "blend"), (MERGE, "merge"), (DECLINED_MERGE, "merge")):
-        first, second = server.options(run_of(server, True, name))
+        first, second = server.options(run_of(name))
         assert first and second
         assert first["group"] == second["group"]
         assert (first["branch"], second["branch"]) == (0, 1)
         assert first["share"] == second["share"] == share
 
 
-def test_a_server_that_does_not_merge_is_not_asked_to(server: Recording) -> None:
-    measure(server, prompts(), arms_of(False), 1)
+@pytest.mark.parametrize(
+    ("offered", "asked", "exact_runs"),
+    [(("blend",), {"exact", "blend"}, 4), (("merge",), {"exact", "merge"}, 5), ((), {"exact"}, 3)],
+)
+def test_a_server_is_not_asked_for_what_it_declines(
+    server: Recording, offered: tuple[str, ...], asked: set[str], exact_runs: int
+) -> None:
+    measure(server, prompts(), arms_of(offered), 1)
     shares = {one["share"] for run in range(len(server.runs)) for one in server.options(run) if one}
-    assert shares == {"exact", "blend"}
-    assert len(server.options(0)) == 4, "no exact run of a prompt that nothing is compared with"
+    assert shares == asked
+    assert len(server.options(0)) == exact_runs, "no exact run of a prompt that nothing is compared with"

@@ -14,7 +14,7 @@ def test_the_prompt_to_merge_asks_the_same_in_other_words() -> None:
     assert same_content(texts.first, texts.same).same
 
 
-def test_the_prompt_never_to_merge_differs_by_its_number_only() -> None:
+def test_the_prompt_that_must_not_merge_differs_in_its_number_only() -> None:
     texts = prompts()
     assert texts.changed.replace(OTHER_NUMBER, NUMBER) == texts.same
     assert same_content(texts.first, texts.changed).reason == "numbers"
@@ -33,7 +33,7 @@ def test_each_number_of_the_shelf_marks_begins_with_another_digit() -> None:
     assert OTHER_NUMBER[0] not in {mark[0] for mark in marks}, "a changed number is told by its first digit"
 
 
-def test_no_two_prompts_begin_alike_but_those_that_differ_late() -> None:
+def test_only_prompts_that_differ_late_begin_alike() -> None:
     texts = asdict(prompts())
     beginnings = {name: text.split()[0] for name, text in texts.items() if name not in ("wrong", "changed")}
     assert len(set(beginnings.values())) == len(beginnings)

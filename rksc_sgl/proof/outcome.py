@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from rksc_sgl.placement.worth import NOT_FASTER
 from rksc_sgl.proof import arms
 from rksc_sgl.proof.arms import Answer, Arm, Measured
 from rksc_sgl.proof.divergence import divergence
@@ -64,14 +65,14 @@ class Proof:
         rows: in the order of the arms.
         noise_limit: KL up to which two distributions count as equal, nats.
         blend_limit: KL up to which a blend is far enough from a wrong number, nats.
-        merges: whether the server offers merging.
+        offered: those of :data:`~rksc_sgl.proof.arms.OPTIONAL` that the server offers.
         notes: what is worth knowing and no failure.
     """
 
     rows: tuple[Row, ...]
     noise_limit: float
     blend_limit: float
-    merges: bool
+    offered: frozenset[str]
     notes: tuple[str, ...]
 
     @property
@@ -84,21 +85,22 @@ class Proof:
         """One line; where something failed, what and why."""
         if not self.proven:
             return "not proven: " + "; ".join(problem for row in self.rows for problem in row.problems)
-        offered = "" if self.merges else " (merge: not offered by this server)"
-        return f"proven: all {len(self.rows)} rows are as they must be{offered}"
+        missing = ", ".join(name for name in arms.OPTIONAL if name not in self.offered)
+        without = f" ({missing}: not offered by this server)" if missing else ""
+        return f"proven: all {len(self.rows)} rows are as they must be{without}"
 
 
-def judge(measured: Measured, plan: Sequence[Arm], merges: bool, full_precision: bool) -> Proof:
+def judge(measured: Measured, plan: Sequence[Arm], offered: Collection[str], full_precision: bool) -> Proof:
     """Judge every repeat of every arm; a row fails if one of its repeats does.
 
     Args:
         plan: the arms that were run.
-        merges: whether the server offers merging.
+        offered: those of :data:`~rksc_sgl.proof.arms.OPTIONAL` that the server offers.
         full_precision: whether the model is served in float32.
     """
     judging = _Judging(measured, full_precision)
     rows = tuple(judging.row(arm) for arm in plan)
-    return Proof(rows, judging.noise_limit, judging.blend_limit, merges, tuple(_notes(rows)))
+    return Proof(rows, judging.noise_limit, judging.blend_limit, frozenset(offered), tuple(_notes(rows)))
 
 
 class _Judging:
@@ -169,6 +171,9 @@ class _Judging:
         yield from self._as_noise(answer, "first")
 
     def _blend(self, answer: Answer) -> Iterator[str]:
+        if (answer.report or {}).get("declined") == NOT_FASTER:
+            yield from self._declined(answer, "other")
+            return
         if answer.report is not None and not answer.report.get("taken_tokens"):
             yield f"took over 0 tokens ({_reason(answer)})"
             return
@@ -251,5 +256,8 @@ def _reason(answer: Answer) -> str:
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
+        if row.name == arms.BLEND and row.declined == NOT_FASTER:
+            yield f"not blended: {NOT_FASTER} here, at this length; to prove it, serve with --rksc-pass-tokens 0"
+            continue
         if row.name in (arms.EXACT, arms.BLEND, arms.MERGE) and row.ratio >= 1.0:
             yield f"{row.name} saved no time here: {row.ratio:.2f} times the cold run"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rksc_sgl.placement.worth import NOT_FASTER
 from rksc_sgl.proof.arms import (
     AFTER_BLEND,
     AFTER_MERGE,
@@ -18,12 +19,13 @@ from rksc_sgl.proof.arms import (
     EXACT,
     MERGE,
     NOISE,
+    OPTIONAL,
     WRONG,
     Answer,
     Measured,
     arms_of,
 )
-from rksc_sgl.proof.verdict import FLOOR_FULL, FLOOR_HALF, Proof, computed_tokens, judge
+from rksc_sgl.proof.outcome import FLOOR_FULL, FLOOR_HALF, Proof, computed_tokens, judge
 
 PROMPT = 700
 RIGHT = {4: math.log(0.90), 7: math.log(0.05)}
@@ -68,8 +70,8 @@ def measured() -> Measured:
     )
 
 
-def proof_of(found: Measured, merges: bool = True, full: bool = True) -> Proof:
-    return judge(found, arms_of(merges), merges, full)
+def proof_of(found: Measured, offered: tuple[str, ...] = OPTIONAL, full: bool = True) -> Proof:
+    return judge(found, arms_of(offered), offered, full)
 
 
 def with_answer(name: str, other: Answer) -> Measured:
@@ -79,7 +81,7 @@ def with_answer(name: str, other: Answer) -> Measured:
     return found
 
 
-def test_a_server_in_order_is_proven() -> None:
+def test_a_server_that_works_is_proven() -> None:
     proof = proof_of(measured())
     assert proof.proven and proof.verdict == "proven: all 10 rows are as they must be"
     assert proof.notes == ()
@@ -97,10 +99,16 @@ def test_the_rows_say_what_was_measured() -> None:
     assert rows[COLD].kl == 0.0 < blend.kl < 0.01 < 2.0 < rows[WRONG].kl
 
 
-def test_a_server_that_does_not_merge_is_proven_and_the_verdict_says_so() -> None:
-    proof = proof_of(measured(), merges=False)
-    assert proof.proven and len(proof.rows) == 7
-    assert "merge: not offered by this server" in proof.verdict
+@pytest.mark.parametrize(
+    ("offered", "rows", "said"),
+    [(("blend",), 7, "(merge: not"), (("merge",), 7, "(blend: not"), ((), 4, "(blend, merge: not")],
+)
+def test_a_server_that_declines_something_is_proven_and_the_verdict_says_so(
+    offered: tuple[str, ...], rows: int, said: str
+) -> None:
+    proof = proof_of(measured(), offered)
+    assert proof.proven and len(proof.rows) == rows
+    assert f"{said} offered by this server)" in proof.verdict
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_a_server_that_does_not_merge_is_proven_and_the_verdict_says_so() -> Non
         (WRONG, answer(logprobs=RIGHT), "wrong number has KL 0, too near to noise"),
     ],
 )
-def test_one_repeat_that_is_not_as_it_must_be_fails_the_proof_and_is_named(name: str, given: Answer, said: str) -> None:
+def test_one_wrong_repeat_fails_the_proof_and_is_named(name: str, given: Answer, said: str) -> None:
     proof = proof_of(with_answer(name, given))
     assert not proof.proven
     assert proof.verdict.startswith("not proven: ") and "\n" not in proof.verdict
@@ -156,7 +164,7 @@ def test_one_repeat_that_is_not_as_it_must_be_fails_the_proof_and_is_named(name:
     assert name in [row.name for row in proof.rows if not row.ok]
 
 
-def test_a_number_that_was_merged_away_is_told_by_its_mode_and_its_kl_only() -> None:
+def test_a_number_that_was_merged_away_shows_in_mode_and_kl_only() -> None:
     verdict = proof_of(with_answer(DECLINED_MERGE, answer(PROMPT - 1, merged(), logprobs=WRONG_NUMBER))).verdict
     assert verdict.count("declined merge") == 2 and "ran as merge" in verdict and "KL 2.5" in verdict
 
@@ -198,6 +206,15 @@ def test_reuse_that_saves_no_time_is_a_note_and_no_failure() -> None:
     proof = proof_of(found)
     assert proof.proven
     assert proof.notes == ("blend saved no time here: 1.20 times the cold run",)
+
+
+def test_a_blend_that_would_not_be_faster_is_a_note_and_no_failure() -> None:
+    found = measured()
+    found.answers[BLEND] = [answer(0, declined(declined=NOT_FASTER))] * 2
+    proof = proof_of(found)
+    assert proof.proven and "--rksc-pass-tokens 0" in proof.notes[0]
+    found.answers[BLEND][1] = answer(0, declined(declined=NOT_FASTER), logprobs=NEAR)
+    assert "blend has KL" in proof_of(found).verdict, "then it must be exact"
 
 
 def test_computed_tokens_are_those_of_the_report_where_a_blend_took_some_over() -> None:
