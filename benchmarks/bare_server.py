@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.server_process import main
-from rksc_sgl.sglang_plugin import hooks
+from rksc_sgl.sglang_plugin.wiring import hooks
 
 _OF_THE_PLATFORM = (warm_fork.use_for_workers, warm_fork.tokenizer_once, without_triton.last_slots)
 

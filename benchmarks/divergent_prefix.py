@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from benchmarks.divergent_items import OPENINGS, Item, branches_of
 from rksc_sgl import Endpoint
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import DEFAULT_DEVIATION, DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, KEY
 from rksc_sgl.proof.divergence import divergence
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 NONE, STOCK, BLEND, MERGE = "no reuse", "stock", "blend", "merge"
@@ -126,7 +126,7 @@ class Arms:
 
     def timed(self, arm: str, name: str, branches: Sequence[Sequence[Item]]) -> float:
         """Seconds of the prefill of all branches but the first."""
-        self.endpoint.flush_cache()
+        self.endpoint.flush_cache(wait_s=60.0)
         self.ask(arm, name, [(0, branches[0][0])], 1)
         began = time.perf_counter()
         self.ask(arm, name, [(index, items[0]) for index, items in enumerate(branches) if index], 1)
@@ -134,7 +134,7 @@ class Arms:
 
     def answered(self, arm: str, name: str, branches: Sequence[Sequence[Item]]) -> list[list[Answer]]:
         """What the branches after the first answer: the first's prompt, then their first questions, then the others."""
-        self.endpoint.flush_cache()
+        self.endpoint.flush_cache(wait_s=60.0)
         self.ask(arm, name, [(0, branches[0][0])], 1)
         after = list(enumerate(branches))[1:]
         answers = [[one] for one in self.ask(arm, name, [(index, items[0]) for index, items in after], ANSWER_TOKENS)]
@@ -144,7 +144,7 @@ class Arms:
 
     def exact(self, name: str, branches: Sequence[Sequence[Item]]) -> list[list[Answer]]:
         """What the branches after the first answer one by one, without reuse of other branches."""
-        self.endpoint.flush_cache()
+        self.endpoint.flush_cache(wait_s=60.0)
         answers = []
         for index, items in list(enumerate(branches))[1:]:
             own = self.ask(NONE, name, [(index, items[0])], ANSWER_TOKENS)
@@ -351,7 +351,7 @@ def blends_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.divergent_prefix", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model-path", dest="model", default=DEFAULT_MODEL)
     parser.add_argument("--sets", type=int, default=2, help="sets that are timed; stock and merges answer in these")
     parser.add_argument("--quality-sets", type=int, default=5, help="sets whose answers are compared")
     parser.add_argument("--questions", type=int, default=3, choices=range(1, 5), help="facts asked of each branch")

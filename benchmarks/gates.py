@@ -25,8 +25,8 @@ from tqdm import tqdm
 from benchmarks.gate_pairs import NEGATIVE_KINDS, POSITIVE_KINDS, Pair, negatives, positives, unrelated
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
 from rksc_sgl.options import DEFAULT_TAU
-from rksc_sgl.sglang_plugin.layer_pass import probed_of
-from rksc_sgl.similarity.content_guard import GuardVerdict, same_content
+from rksc_sgl.sglang_plugin.passes.split_pass import probed_of
+from rksc_sgl.similarity.content_guard import ContentComparison, same_content
 from rksc_sgl.similarity.gate import auc, pooled_similarity, published_similarity
 from rksc_sgl.similarity.generic_prompts import GENERIC_PROMPTS
 
@@ -39,7 +39,7 @@ class Judged:
     """A pair and what the guard says of it."""
 
     pair: Pair
-    verdict: GuardVerdict
+    guard: ContentComparison
     positive: bool
 
 
@@ -107,7 +107,7 @@ class Scorer:
 
 
 def judge(same: Iterable[Pair], different: Iterable[Pair]) -> list[Judged]:
-    """The guard's verdict on every pair."""
+    """What the guard says of every pair."""
     return [
         Judged(pair, same_content(pair.donor, pair.branch), positive)
         for pairs, positive in ((same, True), (different, False))
@@ -124,11 +124,11 @@ def sample(judged: Sequence[Judged], count: int, seed: int) -> list[Judged]:
 
 def gate_score(one: Judged, scores: Scores) -> float:
     """Our whole gate as one number: the similarity, or below every similarity where the guard refuses."""
-    return scores.ours if one.verdict.same else -1.0 + scores.ours * 1e-6
+    return scores.ours if one.guard.same else -1.0 + scores.ours * 1e-6
 
 
 def merges(one: Judged, scores: dict[Pair, Scores], tau: float) -> bool:
-    return one.verdict.same and scores[one.pair].ours >= tau
+    return one.guard.same and scores[one.pair].ours >= tau
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -144,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--scored, --positives and --negatives must be at least 1")
     judged = judge(positives(arguments.positives, arguments.seed), negatives(arguments.negatives, arguments.seed))
     chosen = sample(judged, arguments.scored, arguments.seed)
-    wanted = [one.pair for one in (*chosen, *(one for one in judged if one.verdict.same))]
+    wanted = [one.pair for one in (*chosen, *(one for one in judged if one.guard.same))]
     random_pairs = unrelated(arguments.scored, arguments.seed)
     scorer = Scorer(arguments.model_path)
     scorer.read(text for pair in (*wanted, *random_pairs) for text in (pair.donor, pair.branch))
@@ -188,7 +188,7 @@ def _table(judged: Sequence[Judged], scores: dict[Pair, Scores], tau: float) -> 
         ones = [one for one in judged if one.pair.kind == kind]
         if not ones:
             continue
-        passed, merged = sum(one.verdict.same for one in ones), sum(merges(one, scores, tau) for one in ones)
+        passed, merged = sum(one.guard.same for one in ones), sum(merges(one, scores, tau) for one in ones)
         scored = [scores[one.pair] for one in ones if one.pair in scores]
         table.add_row(
             f"{'same: ' if ones[0].positive else 'other: '}{kind}",

@@ -31,9 +31,9 @@ import numpy as np
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import RkscError
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
 
 FIRST_WORD, LAST_WORD = 1000, 40_000  # ids that are ordinary tokens in the embedded model's vocabulary
@@ -45,6 +45,15 @@ class BareServer(ServerProcess):
     """A server without our hooks."""
 
     module = "benchmarks.bare_server"
+
+
+def check_bare(server: ServerProcess) -> None:
+    """
+    Raises:
+        RkscError: the server is no baseline: it has our radix backend or our hooks.
+    """
+    if server.get_json("/server_info").get("radix_cache_backend") or any(server.get_json("/rksc/info")["schedulers"]):
+        raise RkscError("the baseline must run on SGLang's default tree and without our hooks")
 
 
 class TimedServer(ServerProcess):
@@ -101,9 +110,7 @@ def compare(options: argparse.Namespace, start: int, measured: Measured, progres
     with contextlib.ExitStack() as stack:
         for name in sorted(servers, reverse=bool(start % 2)):
             stack.enter_context(servers[name])
-        bare = servers["bare"]
-        if bare.get_json("/server_info").get("radix_cache_backend") or any(bare.get_json("/rksc/info")["schedulers"]):
-            raise RkscError("the baseline must run on SGLang's default tree and without our hooks")
+        check_bare(servers["bare"])
         for server in servers.values():
             run(server.url, prompts_of(999, 8), options.max_tokens, options.concurrency)  # warm
         before: list[Outcome] = []
@@ -138,10 +145,13 @@ def hook_share(options: argparse.Namespace) -> tuple[float, str]:
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """The median of ratios of pairs, and its 95 % confidence interval."""
+    """The median of ratios of pairs, and its 95 % confidence interval; of one pair that is the ratio itself."""
     ratios = np.asarray(above) / np.asarray(below)
+    middle = round(float(np.median(ratios)), 4)
+    if len(ratios) == 1:
+        return middle, middle, middle
     found = bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return round(float(np.median(ratios)), 4), round(float(found.low), 4), round(float(found.high), 4)
+    return middle, round(float(found.low), 4), round(float(found.high), 4)
 
 
 def summary(measured: Measured) -> dict[str, Any]:
@@ -163,7 +173,7 @@ def summary(measured: Measured) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model-path", dest="model", default=DEFAULT_MODEL)
     parser.add_argument("--requests", type=int, default=8, help="of one repeat")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8)

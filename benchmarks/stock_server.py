@@ -10,6 +10,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 from rksc_sgl.cpu_platform.platform import RkscCpuPlatform
 from rksc_sgl.server_process import main
 
+RkscCpuPlatform.init_backend = SRTPlatform.init_backend  # type: ignore[method-assign]
 RkscCpuPlatform.post_load_model = SRTPlatform.post_load_model  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 
 from rksc_sgl.options import KEY
 from rksc_sgl.server_process import main
-from rksc_sgl.sglang_plugin import hooks, report
+from rksc_sgl.sglang_plugin.inspection import report
+from rksc_sgl.sglang_plugin.wiring import hooks
+from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
 _seconds: dict[str, float] = {}
 
@@ -39,7 +41,7 @@ class Stopwatch:
                 _seconds[name] = _seconds.get(name, 0.0) + taken - inner
 
 
-def timed(hook: hooks.Hook) -> hooks.Hook:
+def timed(hook: Hook) -> Hook:
     """The hook with a stopwatch around its function."""
     name = hook.target.rpartition(".")[2]
 
@@ -76,7 +78,7 @@ def with_seconds(result: Any, controller: Any, recv_req: Any) -> Any:
     return result
 
 
-def _timed(hook: hooks.Hook) -> hooks.Hook:
+def _timed(hook: Hook) -> Hook:
     replaced: dict[Any, Callable[..., Any]] = {
         report.reporting_streamer_class: timed_streamer_class,
         report.add_internal_state: with_seconds,

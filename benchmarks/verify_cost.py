@@ -7,7 +7,10 @@ Its branches are then verified in every arm, each by :func:`rksc_sgl.verify_gate
   same platform and attention as ours);
 * in place: the question after the branch's own text, at full depth;
 * exit: in place, with the certified exit of scope "selection";
-* skip and exit: the defaults, that is the certified skip rule too.
+* skip and exit: the certified skip rule too.
+
+All select by score, which is what exits and skips are certified for; the default, a vote, verifies only where that does
+not decide.
 
 Before each arm caches are flushed and, for those in place, the branches are prefilled again, as generating them left
 them; the order is alternated. The judge runs twice, for the noise. Selections are compared with those of full depth in
@@ -33,12 +36,12 @@ from tqdm import tqdm
 
 from programs.problems import GSM8K, Problem, load_problems
 from rksc_sgl import Endpoint, SkipGate, Verdict, verify_gated
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import RkscError
-from rksc_sgl.frontend.labels import label_logprobs, resolve_labels
-from rksc_sgl.frontend.select import by_score, candidates_of
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
+from rksc_sgl.verifying.labels import label_logprobs, resolve_labels
+from rksc_sgl.verifying.select import by_score, candidates_of
 
 JUDGE, AGAIN, IN_PLACE, EXIT, SKIP = "judge", "judge again", "in place", "exit", "skip and exit"
 WORKED = 8  # examples before the problem
@@ -88,14 +91,14 @@ class Arms:
 
     def run(self, arm: str) -> Cost:
         if arm in (JUDGE, AGAIN):
-            self.stock.flush_cache()
+            self.stock.flush_cache(wait_s=60.0)
             return self._judge()
-        self.ours.flush_cache()
+        self.ours.flush_cache(wait_s=60.0)
         self._prime()
         calls: dict[str, Callable[[], Verdict]] = {
-            IN_PLACE: lambda: verify_gated(self.forks, "answer", skip=SkipGate.never(), exit="off"),
-            EXIT: lambda: verify_gated(self.forks, "answer", skip=SkipGate.never()),
-            SKIP: lambda: verify_gated(self.forks, "answer"),
+            IN_PLACE: lambda: verify_gated(self.forks, "answer", skip=SkipGate.never(), select="score", exit="off"),
+            EXIT: lambda: verify_gated(self.forks, "answer", skip=SkipGate.never(), select="score"),
+            SKIP: lambda: verify_gated(self.forks, "answer", select="score"),
         }
         began = time.perf_counter()
         verdict = calls[arm]()
@@ -200,7 +203,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.verify_cost", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model-path", dest="model", default=DEFAULT_MODEL)
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--judged", type=int, default=8, help="problems on which the judge runs too")
     parser.add_argument("--branches", type=int, default=8)

@@ -32,16 +32,16 @@ from tqdm import tqdm
 from rksc_sgl import Endpoint
 from rksc_sgl.calibration.risk_control import clopper_pearson_upper
 from rksc_sgl.calibration.workload import CALIBRATION_FAMILIES, HELD_OUT_FAMILIES, WorkloadFork, built_in
-from rksc_sgl.cli.serve import server_arguments
 from rksc_sgl.errors import RkscError
 from rksc_sgl.frontend.calibrating import Prompts, prompts_of
-from rksc_sgl.frontend.labels import LabelTokens, label_logprobs, resolve_labels
-from rksc_sgl.frontend.select import Candidate, by_score, candidates_of, unresolved
 from rksc_sgl.frontend.tracing import verifications
 from rksc_sgl.frontend.verify import DEFAULT_QUESTION
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import DEFAULT_EPS, DEFAULT_THETA, KEY
+from rksc_sgl.server_arguments import server_arguments
 from rksc_sgl.server_process import ServerProcess
+from rksc_sgl.verifying.labels import LabelTokens, label_logprobs, resolve_labels
+from rksc_sgl.verifying.select import Candidate, by_score, candidates_of, unresolved
 
 LABELS = ("YES", "NO")
 FULL, CERTIFIED, SELECTION, PUBLISHED = "full depth", "certified", "certified selection", "published"
@@ -134,7 +134,7 @@ def timed(verifier: Verifier, prompts: Sequence[Prompts], tail: int, arms: Seque
         order = list(arms)
         random.Random(start).shuffle(order)
         for arm in order:
-            verifier.endpoint.flush_cache()
+            verifier.endpoint.flush_cache(wait_s=60.0)
             verifier.prime([ids[:-tail] for ids in batch])
             began = time.perf_counter()
             verifier.ask(arm.removesuffix(" again"), batch)
@@ -235,7 +235,7 @@ def show(forks: Sequence[Fork]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.verify_exit", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model-path", dest="model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", type=Path, help="default: the model's in the cache")
     parser.add_argument("--risk", type=float, default=0.01)
     parser.add_argument("--forks", type=int, default=520, help="of the families that calibration had")

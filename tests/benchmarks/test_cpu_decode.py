@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_work_is_alternated_and_unequal_tokens_are_found() -> None:
     assert outcome.ratio == 2.5
 
 
-def test_cells_that_take_the_baseline_too_long_are_ours_alone() -> None:
+def test_cells_that_take_the_baseline_too_long_are_run_on_our_server_only() -> None:
     assert Cell(32, 4096, True).ours_alone and Cell(32, 1331, False).ours_alone
     assert not Cell(32, 1331, True).ours_alone and not Cell(8, 1331, False).ours_alone
     outcome = cpu_decode.compare({OURS: "b"}, lambda server, seed: (1.0 + seed, [[0]]), 2)  # type: ignore[dict-item]
@@ -55,7 +56,18 @@ def test_the_measured_work_is_what_it_says(
     server = Server(tiny_server)
     _, tokens = cpu_decode.decode_step(Cell(3, 40, True), server, 0)
     assert [len(one) for one in tokens] == [cpu_decode.STEPS + 1] * 3
-    assert len(cpu_decode.prefill(server, 100, 0)[1]) == 1
-    assert len(cpu_decode.extend(server, 100, 0)[1]) == 1
+    cold, extended = cpu_decode.prefill(server, 100, 0)[1], cpu_decode.extend(server, 100, 0)[1]
+    assert [len(one) for one in cold + extended] == [1, 1]
+    assert cpu_decode.prefill(server, 100, 0)[1] == cold and cpu_decode.extend(server, 100, 0)[1] == extended
     whole = cpu_decode.bytes_of_step(str(tiny_model), Cell(2, 100, False))
     assert whole - cpu_decode.bytes_of_step(str(tiny_model), Cell(2, 100, True)) == 100 * 2 * 2 * 2 * 16 * 4
+
+
+def test_a_step_reads_no_embedding_but_the_head_of_a_model_that_has_both(tmp_path: Path) -> None:
+    config = {"hidden_size": 10, "num_attention_heads": 1, "num_hidden_layers": 1, "num_key_value_heads": 1}
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    cell, kv = Cell(1, 5, True), 5 * 2 * 10 * 4
+    for dtype, tied, read in (("bfloat16", False, 600), ("float32", False, 200), ("bfloat16", True, 1000)):
+        more = {"vocab_size": 20, "tie_word_embeddings": tied, "dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        assert cpu_decode.bytes_of_step(str(tmp_path), cell) == read + kv

@@ -15,7 +15,7 @@ from benchmarks.gates import Judged, Scorer, Scores
 from programs.problems import load_problems
 from rksc_sgl.errors import OptionError
 from rksc_sgl.server_process import ServerProcess
-from rksc_sgl.similarity.content_guard import GuardVerdict
+from rksc_sgl.similarity.content_guard import ContentComparison
 from rksc_sgl.similarity.generic_prompts import GENERIC_PROMPTS
 
 
@@ -24,7 +24,7 @@ def judged() -> list[Judged]:
     return gates.judge(positives(), negatives())
 
 
-def test_the_data_are_as_many_as_promised_and_all_different(judged: list[Judged]) -> None:
+def test_there_are_as_many_pairs_as_promised_and_all_of_them_differ(judged: list[Judged]) -> None:
     kinds = Counter(one.pair.kind for one in judged)
     assert sum(kinds[kind] for kind in POSITIVE_KINDS) >= 200
     assert sum(kinds[kind] for kind in NEGATIVE_KINDS) >= 2000
@@ -34,7 +34,7 @@ def test_the_data_are_as_many_as_promised_and_all_different(judged: list[Judged]
     assert all(one.pair.donor != one.pair.branch for one in judged)
 
 
-def test_a_seed_says_which_data() -> None:
+def test_the_same_seed_gives_the_same_data() -> None:
     assert positives(40, seed=3) == positives(40, seed=3) != positives(40, seed=4)
     assert negatives(60, seed=3) == negatives(60, seed=3) != negatives(60, seed=4)
     with pytest.raises(OptionError, match="can be made"):
@@ -58,22 +58,22 @@ def test_paraphrases_are_of_real_problems() -> None:
 
 
 def test_the_guard_passes_no_near_duplicate(judged: list[Judged]) -> None:
-    assert [one.pair for one in judged if not one.positive and one.verdict.same] == []
+    assert [one.pair for one in judged if not one.positive and one.guard.same] == []
 
 
 def test_the_guard_passes_most_pairs_that_ask_the_same(judged: list[Judged]) -> None:
     right = [one for one in judged if one.positive]
-    assert sum(one.verdict.same for one in right) / len(right) >= 0.6
+    assert sum(one.guard.same for one in right) / len(right) >= 0.6
 
 
 def test_other_seeds_give_no_false_merge_either() -> None:
     for seed in (1, 2):
-        assert not [one.pair for one in gates.judge([], negatives(600, seed)) if one.verdict.same]
+        assert not [one.pair for one in gates.judge([], negatives(600, seed)) if one.guard.same]
 
 
 def test_a_merge_needs_both_the_guard_and_the_similarity() -> None:
     alike, unlike = Scores(published=1.0, ours=0.9), Scores(published=1.0, ours=0.5)
-    passed, refused = GuardVerdict(True), GuardVerdict(False, "numbers", "donor has '1'; branch has '2'")
+    passed, refused = ContentComparison(True), ContentComparison(False, "numbers", "donor has '1'; branch has '2'")
     ones = [
         Judged(Pair("a", "b", "template"), passed, True),
         Judged(Pair("a", "c", "template"), passed, True),
@@ -130,10 +130,11 @@ def test_a_server_computes_the_similarity_that_is_measured_here(
     smollm_server: ServerProcess, embedded_model: Path, judged: list[Judged]
 ) -> None:
     scorer = Scorer(str(embedded_model))
-    passed = [one.pair for one in judged if one.positive and one.verdict.same]
+    passed = [one.pair for one in judged if one.positive and one.guard.same]
     # apart within their first quarter: enough of the branch is left to compute
     quarter = {pair: -(-len(pair.branch) // 4) for pair in passed}
     apart = [pair for pair in passed if pair.donor[: quarter[pair]] != pair.branch[: quarter[pair]]]
+    assert len(apart) >= 3
     for number, pair in enumerate(apart[:3]):
         scorer.read((pair.donor, pair.branch))
         _, report = [_served(smollm_server.url, text, f"gates {number}") for text in (pair.donor, pair.branch)]

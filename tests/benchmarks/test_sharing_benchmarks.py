@@ -10,7 +10,7 @@ import pytest
 from benchmarks import divergent_items, divergent_prefix, overhead, timed_server
 from benchmarks.divergent_items import CHANGED, FACTS, OPENINGS, Item, branches_of
 from benchmarks.divergent_prefix import AGAIN, MERGE, NONE, STOCK, Answer, Row, compute_fraction, parting
-from rksc_sgl.sglang_plugin.hooks import Hook
+from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
 TEMPLATE = SimpleNamespace(get_prompt=lambda messages: messages[0]["content"] + "\n")
 REAL, OTHER = 5, 7  # token ids
@@ -18,7 +18,7 @@ SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_set_has_other_openings_and_in_every_second_branch_other_numbers(seed: int) -> None:
+def test_branches_of_a_set_have_different_openings_and_every_second_one_different_numbers(seed: int) -> None:
     branches = branches_of(seed, TEMPLATE, 3)
     assert len(branches) == len(OPENINGS) == len({items[0].prompt[:20] for items in branches})
     materials = [_material(items[0]) for items in branches]
