@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 from tqdm import tqdm
 
+from benchmarks.recorded_lines import Recordings
 from programs.openai_errors import server_errors
 from programs.problems import Problem
 from rksc_sgl.answers import branch_answer, classes_of
 from rksc_sgl.deciding.replay import RecordedBranch
-from rksc_sgl.errors import OptionError, ServerRefusedError
+from rksc_sgl.errors import ServerRefusedError
 
 SYSTEM = "You are a careful mathematician."
 TIMEOUT_S = 3600.0  # of one branch, which may wait for many others
@@ -78,18 +77,18 @@ class RecordedFork:
         ]
 
 
+def recordings(path: Path) -> Recordings[Settings, RecordedFork]:
+    """The file of that path."""
+    return Recordings(path, Settings, RecordedFork, "recorded forks")
+
+
 def load(path: Path) -> tuple[Settings, list[RecordedFork]]:
     """What is in a file of recordings; a last line that was cut is left out.
 
     Raises:
         OptionError: it is missing or no such file.
     """
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        complete = [json.loads(line) for line in lines if line.endswith("\n")]
-        return Settings(**complete[0]), [RecordedFork(**one) for one in complete[1:]]
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        raise OptionError(f"recordings: {path} cannot be read as recorded forks ({error})") from error
+    return recordings(path).load()
 
 
 def record(url: str, problems: Sequence[Problem], settings: Settings, path: Path, at_once: int) -> None:
@@ -106,40 +105,21 @@ def record(url: str, problems: Sequence[Problem], settings: Settings, path: Path
         OptionError: the file holds runs of other settings.
         ServerUnreachableError: the server went away; what was finished is in the file.
     """
-    done = _resume(path, settings)
+    file = recordings(path)
+    done = {fork.problem for fork in file.resume(settings)}
     missing = [problem for problem in problems if problem.id not in done]
     client = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
     bar = tqdm(
         total=len(problems), initial=len(problems) - len(missing), desc="record", unit="problem", file=sys.stderr
     )
-    with path.open("a") as stream, bar, ThreadPoolExecutor(max(1, at_once)) as pool:
+    with file.appending() as append, bar, ThreadPoolExecutor(max(1, at_once)) as pool:
         try:
             for problem in _window(missing, max(1, at_once // settings.branches), pool, client, settings):
-                stream.write(json.dumps(asdict(problem)) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+                append(problem)
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _resume(path: Path, settings: Settings) -> set[str]:
-    """Ids that the file has; it is made, or cut back to its last complete line."""
-    if not path.exists() or path.stat().st_size == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(settings)) + "\n")
-        return set()
-    known, forks = load(path)
-    if known != settings:
-        changed = [name for name, value in asdict(settings).items() if getattr(known, name) != value]
-        raise OptionError(
-            f"recordings: {path} holds runs of other settings ({', '.join(changed)}); name another file or delete it"
-        )
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
-    return {fork.problem for fork in forks}
 
 
 def _window(

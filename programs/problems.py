@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ UNREADABLE = (
     AttributeError,
     LookupError,
 )  # how its verifiers end on an answer they cannot parse
+
+_NOTE = re.compile(r"<<[^<>]*>>")  # of GSM8K: "5 * 2 = <<5*2=10>>10"
 
 PHRASINGS = (
     "{question}\nThink step by step and end with 'The answer is N'.",
@@ -46,6 +49,7 @@ class Problem:
         reference: the right answer; empty where the source gives none, because many answers are right.
         grade: whether a branch's whole text answers it rightly, by the source's own grader.
         examples: worked ones, to be shown before it as turns of their own: question and reply.
+        solution: the steps up to the answer, without it; empty where the source gives none.
     """
 
     id: str
@@ -53,6 +57,7 @@ class Problem:
     reference: str
     grade: Callable[[str], bool]
     examples: tuple[tuple[str, str], ...] = ()
+    solution: str = ""
 
     def messages(self, system: str) -> list[dict[str, str]]:
         """As a chat: its examples and itself as they are, or itself in the first of :data:`PHRASINGS`."""
@@ -107,7 +112,15 @@ def _gsm8k(count: int) -> list[Problem]:
     def grader(case: dict[str, Any]) -> Callable[[str], bool]:
         return lambda text: bool(area.grade_gsm8k_case(case, {"content": text})["pass"])
 
-    return [Problem(case["id"], case["prompt"], case["answer"], grader(case)) for case in cases[:count]]
+    return [
+        Problem(case["id"], case["prompt"], case["answer"], grader(case), solution=_steps(case))
+        for case in cases[:count]
+    ]
+
+
+def _steps(case: dict[str, Any]) -> str:
+    """The solution as GSM8K writes it, without its notes for calculators and without its last line, the answer."""
+    return _NOTE.sub("", (case["upstream_answer"] or "").partition("####")[0]).strip()
 
 
 def _reasoning_gym(task: str, count: int, seed: int) -> list[Problem]:
