@@ -11,6 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from programs.asking import opened
+
 FACTS = 12  # of a set
 CHANGED = 4  # facts of every second branch that are others than the first branch's
 LEAST, MOST = 100, 999  # of the numbers
@@ -136,7 +138,7 @@ def branches_of(seed: int, template: Any, questions: int) -> list[list[Item]]:
     of odd index have :data:`CHANGED` other numbers; questions for those, the first included, take turns with others.
 
     Args:
-        template: has SGLang's ``get_prompt(messages)``.
+        template: SGLang's ``ChatTemplate``.
     """
     source = random.Random(seed)
     facts, numbers = _facts(source), source.sample(range(LEAST, MOST + 1), FACTS)
@@ -175,5 +177,5 @@ def _asked(source: random.Random, changed: list[int], first: int, questions: int
 
 
 def _item(template: Any, text: str, fact: _Fact, own: int, first: int) -> Item:
-    messages = [{"role": "user", "content": text + fact.question}, {"role": "assistant", "content": None}]
-    return Item(template.get_prompt(messages) + fact.start, str(own), str(first))
+    messages = [{"role": "user", "content": text + fact.question}]
+    return Item(opened(template, messages) + fact.start, str(own), str(first))

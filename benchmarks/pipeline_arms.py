@@ -19,6 +19,7 @@ import sglang as sgl
 
 from benchmarks.pipeline_items import Item
 from benchmarks.verify_cost import JUDGE_PROMPT, LABELS
+from programs.asking import opened
 from rksc_sgl import Endpoint, SkipGate
 from rksc_sgl.errors import RkscError
 from rksc_sgl.options import KEY
@@ -144,7 +145,7 @@ class Plain:
         return ran
 
     def _text(self, chat: Chat) -> str:
-        return self.endpoint.chat_template.get_prompt([*chat, {"role": "assistant", "content": None}])
+        return opened(self.endpoint.chat_template, chat)
 
     def _generate(self, ran: Ran, chats: Sequence[Chat], name: str) -> list[str]:
         began = time.perf_counter()

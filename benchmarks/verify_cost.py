@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from programs.asking import opened
 from programs.problems import GSM8K, Problem, load_problems
 from rksc_sgl import Endpoint, SkipGate, Verdict, verify_gated
 from rksc_sgl.errors import RkscError
@@ -117,10 +118,7 @@ class Arms:
         template = self.stock.chat_template
         question = [JUDGE_PROMPT.format(problem=self.prompt, answer=text) for text in texts]
         bodies = {
-            "text": [
-                template.get_prompt([{"role": "user", "content": one}, {"role": "assistant", "content": None}])
-                for one in question
-            ],
+            "text": [opened(template, [{"role": "user", "content": one}]) for one in question],
             "sampling_params": {"max_new_tokens": 1, "temperature": 0},
             "return_logprob": [True] * len(texts),
             "token_ids_logprob": [tokens.all_ids] * len(texts),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import pytest
+from sglang.lang.chat_template import get_chat_template
 
 from benchmarks import divergent_items, divergent_prefix, overhead, timed_server
 from benchmarks.divergent_items import CHANGED, FACTS, OPENINGS, Item, branches_of
 from benchmarks.divergent_prefix import AGAIN, MERGE, NONE, STOCK, Answer, Row, compute_fraction, parting
 from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
-TEMPLATE = SimpleNamespace(get_prompt=lambda messages: messages[0]["content"] + "\n")
+TEMPLATE = get_chat_template("chatml")
 REAL, OTHER = 5, 7  # token ids
 SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 
@@ -20,7 +20,7 @@ SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 @pytest.mark.parametrize("seed", range(5))
 def test_branches_of_a_set_have_different_openings_and_every_second_one_different_numbers(seed: int) -> None:
     branches = branches_of(seed, TEMPLATE, 3)
-    assert len(branches) == len(OPENINGS) == len({items[0].prompt[:20] for items in branches})
+    assert len(branches) == len(OPENINGS) == len({items[0].prompt.split("\n\n")[0] for items in branches})
     materials = [_material(items[0]) for items in branches]
     for index, material in enumerate(materials):
         numbers, first = re.findall(r"\d+", material), re.findall(r"\d+", materials[0])
