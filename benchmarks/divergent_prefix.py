@@ -241,7 +241,7 @@ def quality(rows: Sequence[Row], arm: str, layers: int) -> dict[str, Any]:
     changed, unchanged = _by_change(rows)
     return {
         "compute_fraction": _mean([compute_fraction(report, layers) for report in reports]),
-        "blended": sum(report.get("mode") == "blend" for report in reports),
+        "blended": sum(bool(report.get("taken_tokens")) for report in reports),
         "kl_median": _rounded(_quantile(divergences, 0.5), 6),
         "kl_p95": _rounded(_quantile(divergences, 0.95), 6),
         "greedy_agree": _mean([one is None for one in partings]),

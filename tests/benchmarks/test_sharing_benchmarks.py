@@ -14,6 +14,7 @@ from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
 TEMPLATE = get_chat_template("chatml")
 REAL, OTHER = 5, 7  # token ids
+TAKEN = {"mode": "blend", "taken_tokens": 90, "computed_tokens": 10, "probe_layers": 3}
 SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 
 
@@ -60,13 +61,13 @@ def test_the_material_is_about_a_thousand_tokens_of_facts_that_are_not_alike() -
 
 def test_the_share_of_the_compute_counts_layers_and_tokens() -> None:
     assert compute_fraction({}, 30) == 1.0
-    assert compute_fraction({"taken_tokens": 90, "computed_tokens": 10, "probe_layers": 3}, 30) == pytest.approx(0.19)
+    assert compute_fraction(TAKEN, 30) == pytest.approx(0.19)
 
 
 def test_ratios_and_recall_come_from_what_was_measured() -> None:
     rows = [
-        _row("123", "456", exact="123.", blend="456.", report={"mode": "blend"}),
-        _row("123", "123", exact=" 123 and", blend="123", report={"mode": "exact"}),
+        _row("123", "456", exact="123.", blend="456.", report=TAKEN),
+        _row("123", "123", exact=" 123 and", blend="123", report={"mode": "blend", "declined": "why"}),
         _row("123", "456", exact="789", blend="1234", first=False),
     ]
     result = divergent_prefix.summary(SECONDS, rows, ["blend 0.05"], 30)
