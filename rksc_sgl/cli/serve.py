@@ -43,7 +43,7 @@ SGLang's own server with rksc in its processes. MODEL is an embedded model's nam
                          on Triton attention, computed tokens of a blend attend in one operation a layer, not run by run
                          (docs/support.md: not run on a GPU)
   --rksc-lease-seconds S keep forks whole when memory is short; what is kept of one goes after so long without a
-                         request of it (default 0: nothing is kept; try 30, docs/memory.md)
+                         request of it (default 30; 0 keeps nothing, docs/memory.md)
   --rksc-allow-untested  offer also what was never run on a server like this one (docs/support.md); every report
                          of it then carries a warning. What is known to be wrong stays refused
   --sglang-help          every flag of SGLang's server

@@ -14,7 +14,7 @@ import sglang as sgl
 
 from rksc_sgl import Endpoint, SkipGate
 from rksc_sgl.metrics import LEASES, LEASES_ENDED, TOKENS_TWICE
-from tests.six_layers import Served, SixLayers, report_of, sampling, server_of
+from tests.six_layers import VARIANTS, Served, SixLayers, report_of, sampling, server_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -259,3 +259,49 @@ def test_forks_go_on_after_they_were_retracted(retracting: Served, share: str) -
     if share == "exact":
         alone = retracting.ask(prompts[0], None, 24)
         assert answers[0]["output_ids"] == alone["output_ids"]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda flags: flags[0])
+def laid_out(request: pytest.FixtureRequest, six_layers: SixLayers) -> Iterator[Served]:
+    """Ranks, pages, chunks, and no overlap; four of the forks below fit at a time."""
+    flags = request.param
+    cache = six_layers.cache(2 if "--tp" in flags else 1)
+    variables = {"XDG_CACHE_HOME": str(cache), "RKSC_LEASE_SECONDS": str(LEASE_S)}
+    with server_of(six_layers.path, *flags, tokens=SLOTS + 400, variables=variables) as process:
+        yield Served.of(process, six_layers.path)
+
+
+def test_forks_are_kept_whole_in_other_layouts(laid_out: Served) -> None:
+    """Two ranks that decided differently would not come back."""
+    twice, whole = laid_out.total(TOKENS_TWICE), (PREFIX - 1) // laid_out.page * laid_out.page
+
+    def fork(number: int) -> list[Any]:
+        prompt = prompt_of(number)
+        answers = generate(laid_out, f"laid out {number}", prompt)
+        if number % 4 == 3:
+            return answers  # its client leaves
+        return answers + verify(laid_out, f"laid out {number}", prompt, answers)
+
+    with ThreadPoolExecutor(16) as pool:
+        plain = [pool.submit(laid_out.ask, prompt_of(100 + number, 90), None, 5) for number in range(8)]
+        forks = list(pool.map(fork, range(12)))
+    for answers in forks:
+        cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+        assert sum(count >= whole for count in cached) >= len(answers) - 1, cached
+        assert not any("memory" in report_of(answer) for answer in answers)
+    assert all(answer.result()["meta_info"]["completion_tokens"] == 5 for answer in plain)
+    assert laid_out.total(TOKENS_TWICE) == twice
+    laid_out.until(lambda: memory(laid_out)["leases"] == 0, seconds=20.0)
+    laid_out.check_pool()
+    first, alone = forks[0][0], laid_out.ask(prompt_of(0), None, NEW)
+    assert first["output_ids"] == alone["output_ids"]
+
+
+def test_abandoned_forks_make_way_in_other_layouts(laid_out: Served) -> None:
+    broken = laid_out.total(LEASES_ENDED, reason="broken")
+    for number in range(4):
+        generate(laid_out, f"idle {number}", prompt_of(50 + number))
+    assert laid_out.ask(prompt_of(77, 1300), None, 2)["meta_info"]["completion_tokens"] == 2
+    assert laid_out.total(LEASES_ENDED, reason="broken") > broken
+    laid_out.until(lambda: memory(laid_out)["leases"] == 0, seconds=20.0)
+    laid_out.check_pool()

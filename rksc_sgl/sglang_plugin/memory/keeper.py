@@ -519,7 +519,7 @@ def refusal_of_keeping(scheduler: Any) -> str:
 
     tree, parallel = scheduler.tree_cache, get_parallel()
     unsupported = {
-        "off; --rksc-lease-seconds switches it on": lease_seconds() == 0.0,
+        "off: --rksc-lease-seconds is 0": lease_seconds() == 0.0,
         f"{type(tree).__name__} is not SGLang's unified radix tree": not hasattr(tree, "tree_core"),
         "the prefix cache is off": bool(tree.disable),
         "its layers do not all have KV of every token": tree.supports_swa() or tree.supports_mamba(),
