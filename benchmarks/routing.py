@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from sglang.lang.interpreter import ProgramState
 
 import rksc_sgl
 from benchmarks.router_process import RouterProcess
+from rksc_sgl.errors import RkscError
 from rksc_sgl.model_fetch import resolve_model
 from rksc_sgl.proof.texts import NOTES
 from rksc_sgl.server_arguments import server_arguments
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _all_ways(model: str, work: Work) -> dict[str, Counted]:
+    model = resolve_model(model)  # the router finds its tokenizer by the name that the workers have for the model
     flags = ["--model-path", model, "--max-total-tokens", "30000", "--enable-metrics"]
     counted: dict[str, Counted] = {}
     with ServerProcess(server_arguments(flags)) as first, ServerProcess(server_arguments(flags)) as second:
@@ -171,7 +174,7 @@ def _all_ways(model: str, work: Work) -> dict[str, Counted]:
             one_request(url, Work(work.chats[:1], work.branches, 2, 1))
         print("two workers are up", flush=True)
         for name, (way, policy) in WAYS.items():
-            counted[name] = _measured(workers, way, (*policy, "--tokenizer-path", resolve_model(model)), work)
+            counted[name] = _measured(workers, way, (*policy, "--tokenizer-path", model), work)
             print(f"{name}: {counted[name]}", flush=True)
     return counted
 
@@ -246,4 +249,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RkscError as error:
+        sys.exit(f"routing: {error}")
