@@ -130,7 +130,8 @@ def fork_similar(
     """Fork a state into branches that share what they can of its prefix.
 
     The text so far is computed once, however many branches arrive together: by the first one, for which the others
-    wait in the server; or ahead of them all, where the server does not keep forks whole (``docs/memory.md``).
+    wait in the server; or ahead of them all, where the server does not keep forks whole (``docs/memory.md``) or
+    declines exact sharing.
 
     Args:
         s: the state to fork; it stays usable.
