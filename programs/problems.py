@@ -167,4 +167,4 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RkscError(f"{name} is not installed; fix: pip install 'rksc-sgl[programs]'") from error
+        raise RkscError(f"{name} is not installed; fix: pip install '.[programs]' in a checkout of rksc-sgl") from error

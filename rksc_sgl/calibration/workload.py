@@ -282,5 +282,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise OptionError(
-            f"the built-in workload needs {name.partition('.')[0]}: pip install 'rksc-sgl[programs]', or give --jsonl"
+            f"the built-in workload needs {name.partition('.')[0]}: pip install '.[programs]' in a checkout, "
+            "or give --jsonl"
         ) from error

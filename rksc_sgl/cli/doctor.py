@@ -107,7 +107,7 @@ def check_entry_point(group: str, name: str, value: str) -> Check:
     found = [one for one in importlib.metadata.entry_points(group=group) if one.name == name]
     label = f"entry point {group}"
     if not found:
-        return Check(label, False, f"{name} is not registered; fix: pip install rksc-sgl (or pip install -e .)")
+        return Check(label, False, f"{name} is not registered; fix: pip install . in a checkout of rksc-sgl")
     if found[0].value != value:
         return Check(label, False, f"{name} is {found[0].value}, expected {value}; fix: reinstall rksc-sgl")
     return Check(label, True, f"{name} = {value}")

@@ -29,4 +29,4 @@ def test_the_pythons_that_pass_are_those_that_the_package_asks_for(
 def test_an_entry_point_that_is_missing_is_named_with_the_command_that_fixes_it() -> None:
     check = check_entry_point("sglang.srt.plugins", "none-such", "a:b")
     assert not check.ok
-    assert check.detail == "none-such is not registered; fix: pip install rksc-sgl (or pip install -e .)"
+    assert check.detail == "none-such is not registered; fix: pip install . in a checkout of rksc-sgl"

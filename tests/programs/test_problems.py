@@ -102,7 +102,7 @@ def test_a_task_that_needs_more_than_a_seed_is_refused() -> None:
 )
 def test_a_missing_package_is_named_with_its_command(source: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RkscError, match=r"pip install 'rksc-sgl\[programs\]'"):
+    with pytest.raises(RkscError, match=r"pip install '\.\[programs\]'"):
         load_problems(source, 1)
 
 
