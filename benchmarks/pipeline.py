@@ -371,7 +371,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer-tokens", type=int, default=32, help="of each branch at most, in the defaults")
     parser.add_argument("--seed", type=int, default=0, help="of the worked problems, and of generated problems")
     parser.add_argument(
-        "--quick", action="store_true", help="a first look in about five minutes: two problems, less material and fewer tokens"
+        "--quick",
+        action="store_true",
+        help="a first look in about five minutes: two problems, less material and fewer tokens",
     )
     parser.add_argument("--out", type=Path, help="write figures, times by stage, machine and versions to this file")
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="arguments of the servers started; last")
