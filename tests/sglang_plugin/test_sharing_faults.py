@@ -187,6 +187,8 @@ def test_an_evicted_prompt_is_no_donor_and_its_alias_is_dropped(small: Served) -
     merged = small.ask(reworded(text), branch("evicted", 1), 3)
     assert report_of(merged)["mode"] == "merge"
     name = report_of(merged)["donor"]
+    ended = httpx.post(f"{small.process.url}/rksc/end_fork", json={"group": "evicted"}, timeout=30.0)
+    assert ended.status_code == 200, "what is kept for a fork is evicted last"
     for seed in range(30):
         small.ask(problem(2300 + seed, sentences=10))
     donors = [one for one in small.stats()["donors"] if one["name"] == name]
