@@ -15,11 +15,10 @@ ARGS = {
     **dict.fromkeys(("enable_dp_attention", "enable_kv_cache_sharding", "enable_hierarchical_cache"), False),
     **dict.fromkeys(("enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker"), False),
     "speculative_algorithm": None,
-    "device": "cpu",
 }
 
 
-def scheduler(**args: Any) -> Any:
+def scheduler(device: str = "cpu", **args: Any) -> Any:
     speculates = args.get("speculative_algorithm") is not None
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**ARGS, **args}),
@@ -28,6 +27,7 @@ def scheduler(**args: Any) -> Any:
         ),
         spec_algorithm=SimpleNamespace(is_none=lambda: not speculates),
         disaggregation_mode=SimpleNamespace(value="null"),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device=device)),
         enable_hisparse=False,
         dllm_config=None,
     )

@@ -522,6 +522,7 @@ def refusal_of_keeping(scheduler: Any) -> str:
 
     tree, parallel, args = scheduler.tree_cache, get_parallel(), scheduler.server_args
     tier, speculates = tier_of(args), not scheduler.spec_algorithm.is_none()
+    device = torch.device(scheduler.tp_worker.model_runner.device).type
     reasons = {
         "off: --rksc-lease-seconds is 0": lease_seconds() == 0.0,
         f"{type(tree).__name__} is not SGLang's unified radix tree": not hasattr(tree, "tree_core"),
@@ -537,7 +538,7 @@ def refusal_of_keeping(scheduler: Any) -> str:
     untested = {
         f"it was not run with KV in another tier ({tier})": bool(tier),
         f"it was not run with speculative decoding ({args.speculative_algorithm})": speculates,
-        f"it was not run on {args.device}": args.device != "cpu",
+        f"it was not run on {device}": device != "cpu",
     }
     if os.environ.get(ALLOW_VARIABLE) != "1":
         reasons |= untested
