@@ -6,9 +6,12 @@ settings alone, but then refuses editable installs.)
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+LEFT_OUT = {"__pycache__", "results"}  # results are of the machine that made them
 
 
 class BundleHook(BuildHookInterface):
@@ -16,5 +19,8 @@ class BundleHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "standard":
-            for name in ("programs", "benchmarks"):
-                build_data["force_include"][name] = f"rksc_sgl/bundled/{name}"
+            root = Path(self.root)
+            for path in (path for name in ("programs", "benchmarks") for path in (root / name).rglob("*")):
+                place = path.relative_to(root)
+                if path.is_file() and not LEFT_OUT & set(place.parts):
+                    build_data["force_include"][str(path)] = f"rksc_sgl/bundled/{place.as_posix()}"
