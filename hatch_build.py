@@ -20,7 +20,7 @@ class BundleHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "standard":
             root = Path(self.root)
-            for path in (path for name in ("programs", "benchmarks") for path in (root / name).rglob("*")):
+            for path in (*(root / "programs").rglob("*"), *(root / "benchmarks").rglob("*")):
                 place = path.relative_to(root)
                 if path.is_file() and not LEFT_OUT & set(place.parts):
                     build_data["force_include"][str(path)] = f"rksc_sgl/bundled/{place.as_posix()}"

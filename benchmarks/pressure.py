@@ -36,7 +36,6 @@ import rksc_sgl
 from rksc_sgl import SkipGate
 from rksc_sgl.errors import ServerRefusedError
 from rksc_sgl.http_client import HttpClient
-from rksc_sgl.memory.settings import LEASE_VARIABLE
 from rksc_sgl.metrics import TOKENS_TWICE
 from rksc_sgl.model_fetch import resolve_model
 from rksc_sgl.server_arguments import server_arguments
@@ -271,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         slots = round(pool * needed)
         flags = server_arguments(["--model-path", arguments.model_path, "--max-total-tokens", str(slots)])
         for name, kind in arms.items():
-            with kind(flags, variables={LEASE_VARIABLE: "30"}) as server:  # which stock SGLang does not know
+            with kind(flags) as server:
                 runs[name][pool] = measure(server.url, size, f"{name}, {pool:g}")
             print(_row(name, pool, slots, runs[name][pool]), file=sys.stderr, flush=True)
     if arguments.no_stock:
