@@ -31,7 +31,7 @@ model: setup ## fetch the embedded model (once, into the user's cache)
 demo: model ## self-consistency on 8 problems with the embedded model: votes, and what stopping early saves
 	$(BIN)/python -m programs.self_consistency --source reading --problems 8 --branches 8 --max-tokens 32
 
-bench: model ## what it is worth, into benchmarks/results and README; ARGS=--quick takes about five minutes
+bench: model ## what it is worth, into benchmarks/results and README; ARGS=--quick takes minutes, not hours
 	$(BIN)/rksc bench $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 

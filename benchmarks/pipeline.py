@@ -373,7 +373,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a first look in about five minutes: two problems, less material and fewer tokens",
+        help="a first look, in minutes: two problems, less material and fewer tokens",
     )
     parser.add_argument("--out", type=Path, help="write figures, times by stage, machine and versions to this file")
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="arguments of the servers started; last")

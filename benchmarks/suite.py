@@ -2,7 +2,7 @@
 
     rksc bench --quick
 
-``--quick`` runs the pipelines with few problems, in about five minutes. Without it every benchmark below runs, which
+``--quick`` runs the pipelines with few problems, in minutes. Without it every benchmark below runs, which
 takes hours on two cores; ``--only`` names some of them. A file of results has the figures, what they were made of, the
 command, its seeds, the machine and the versions; ``report.html`` shows them all. Nothing else should run beside it.
 """
