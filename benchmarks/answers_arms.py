@@ -14,10 +14,10 @@ from typing import Any
 import sglang as sgl
 
 from benchmarks.answers_items import Item
-from benchmarks.recorded_lines import Recordings
 from programs.asking import SYSTEM
 from rksc_sgl import Endpoint, SkipGate, Verdict
 from rksc_sgl.answers import branch_answer
+from rksc_sgl.calibration.recorded_lines import Recordings
 from rksc_sgl.errors import RkscError, VerificationError
 from rksc_sgl.generated.finish import is_truncated
 from rksc_sgl.options import KEY

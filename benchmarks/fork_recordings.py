@@ -12,10 +12,10 @@ from typing import Any
 import openai
 from tqdm import tqdm
 
-from benchmarks.recorded_lines import Recordings
 from programs.openai_errors import server_errors
 from programs.problems import Problem
 from rksc_sgl.answers import branch_answer, classes_of
+from rksc_sgl.calibration.recorded_lines import Recordings
 from rksc_sgl.deciding.replay import RecordedBranch
 from rksc_sgl.errors import ServerRefusedError
 

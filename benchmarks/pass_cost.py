@@ -1,12 +1,14 @@
 """What a pass costs before it computes: operations, launches and synchronizations, by layer and between layers.
 
-A plain prefill, a blended one, a merged one and a verification that leaves early run on a real server of a small random
-model, whose operations are counted as they are asked for (``benchmarks.counted_server``). Nothing is timed: on an
-accelerator launches and waits are what a pass costs before it computes, and they can be counted on a CPU.
+A plain prefill, a blended one, a merged one, verifications that leave early, verifications without an exit, and the
+same prompts without us run on a real server of a small random model, whose operations are counted as they are asked for
+(``benchmarks.counted_server``). Nothing is timed: on an accelerator launches and waits are what a pass costs before it
+computes, and they can be counted on a CPU.
 
 The last line says, of two models of which one has twice the layers: reads by the host in a blended pass, operations
 between the probe and the layer after it, operations of a later layer of a blended pass as a multiple of those of a
-plain one, operations of a look at which one verification may leave.
+plain one, operations of a look at which one verification may leave, and all operations of verifications without an exit
+as a multiple of those of the same prompts without us.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from rksc_sgl.sglang_plugin.passes.split_pass import probed_of
 from rksc_sgl.testing import write_tiny_model
 
 PLAIN, BLENDED, MERGED, EXITING = "plain", "blended", "merged", "exiting"
+IN_PLACE, UNASKED = "in_place", "unasked"
 MATERIAL = 600  # tokens that a blend can take over
 VERIFIED = 8  # verifications in a pass
 
@@ -70,6 +73,11 @@ class Pass:
         return self.operations.get(f"between {layer}", 0)
 
     @property
+    def total(self) -> int:
+        """All operations."""
+        return sum(self.operations.values())
+
+    @property
     def of_a_late_layer(self) -> int:
         """Operations of the last layer but one, which all passes compute alike."""
         return self.operations[f"layer {self.layers - 2}"]
@@ -83,9 +91,10 @@ class Passes:
 
     def all(self) -> dict[str, Pass]:
         """One pass of each kind; the first of a server is not counted, in which things are found and kept."""
-        for kind in (self.plain, self.blended, self.merged, self.exiting):
+        kinds = (self.plain, self.blended, self.merged, self.exiting, self.in_place, self.unasked)
+        for kind in kinds:
             kind(f"first {kind.__name__}")
-        found = {kind.__name__: kind("counted") for kind in (self.plain, self.blended, self.merged, self.exiting)}
+        found = {kind.__name__: kind("counted") for kind in kinds}
         return {kind: self._of(one) for kind, one in found.items()}
 
     def plain(self, name: str) -> dict[str, Any]:
@@ -116,11 +125,24 @@ class Passes:
 
     def exiting(self, name: str) -> dict[str, Any]:
         self._flush()
-        prompts = [[*self._words(100 + seed, 24 + seed), *QUESTION] for seed in range(VERIFIED)]
-        reports = self._ask(prompts, [{"op": "verify"}] * VERIFIED)
+        reports = self._ask(self._verifications(), [{"op": "verify"}] * VERIFIED)
         layers = {report["exit"]["layer"] for report in reports}
         _expect(len(layers) > 1, {"verifications left at one layer": sorted(layers)})
         return self._last()
+
+    def in_place(self, name: str) -> dict[str, Any]:
+        self._flush()
+        reports = self._ask(self._verifications(), [{"op": "verify", "exit": "off"}] * VERIFIED)
+        _expect(all(report["exit"]["rule"] is None for report in reports), reports)
+        return self._last()
+
+    def unasked(self, name: str) -> dict[str, Any]:
+        self._flush()
+        self._ask(self._verifications(), [None] * VERIFIED)
+        return self._last()
+
+    def _verifications(self) -> list[list[int]]:
+        return [[*self._words(100 + seed, 24 + seed), *QUESTION] for seed in range(VERIFIED)]
 
     def _of(self, counted: dict[str, Any]) -> Pass:
         reads = [(place, who) for place, who in counted["reads"]]
@@ -153,10 +175,10 @@ class Passes:
 
 
 @contextmanager
-def counted_server(model: Model) -> Iterator[ServerProcess]:
-    """A server of a model, whose operations are counted."""
+def counted_server(model: Model, *more: str) -> Iterator[ServerProcess]:
+    """A server of a model, whose operations are counted; with these arguments too."""
     fingerprint = Fingerprint(fingerprint_of_model(model.path), "float32", "none", "auto", "rksc_cpu", 1)
-    arguments = ["--model-path", str(model.path), "--max-total-tokens", "20000", "--disable-overlap-schedule"]
+    arguments = ["--model-path", str(model.path), "--max-total-tokens", "20000", "--disable-overlap-schedule", *more]
     with tempfile.TemporaryDirectory() as directory:
         profile = Path(directory) / "profile.json"
         profile_for(model, fingerprint).save(profile)
@@ -182,6 +204,7 @@ def summary(passes: dict[str, Pass], doubled: dict[str, Pass]) -> dict[str, Any]
         "operations_take_over_double_layers": doubled[BLENDED].between(doubled[BLENDED].probe),
         "operations_layer_ratio": round(blended.of_a_late_layer / plain.of_a_late_layer, 3),
         "operations_look": max(looks),
+        "operations_verify_ratio": round(passes[IN_PLACE].total / passes[UNASKED].total, 3),
     }
 
 

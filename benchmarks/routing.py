@@ -11,6 +11,7 @@ tokens, each branch verified) are asked for in three ways, each on flushed cache
 * ``round_robin``: plain requests, one a branch, and one more for its verification, which repeats the chat; policy
   ``round_robin``.
 
+Each way has ``--turns`` turns, and which begins alternates; the noise of a way is its slowest turn over its fastest.
 Several forks share a context, as questions on one document do. What was computed is read from the workers' counters;
 its fraction is of the prompt tokens of the plain requests, which without any cache would all be computed. The last line
 is JSON.
@@ -161,21 +162,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     work = Work(chats(arguments.forks, arguments.contexts), arguments.branches, arguments.max_tokens, arguments.at_once)
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_tiny_model(Path(folder) / "tiny-llama")) if arguments.quick else arguments.model_path
-        return _result(arguments, _all_ways(model, work))
+        return _result(arguments, _all_ways(model, work, arguments.turns))
 
 
-def _all_ways(model: str, work: Work) -> dict[str, Counted]:
+def _all_ways(model: str, work: Work, turns: int) -> dict[str, list[Counted]]:
     model = resolve_model(model)  # the router finds its tokenizer by the name that the workers have for the model
     flags = ["--model-path", model, "--max-total-tokens", "30000", "--enable-metrics"]
-    counted: dict[str, Counted] = {}
+    counted: dict[str, list[Counted]] = {name: [] for name in WAYS}
     with ServerProcess(server_arguments(flags)) as first, ServerProcess(server_arguments(flags)) as second:
         workers = (first.url, second.url)
         for url in workers:  # what is compiled or loaded at the first request
             one_request(url, Work(work.chats[:1], work.branches, 2, 1))
         print("two workers are up", flush=True)
-        for name, (way, policy) in WAYS.items():
-            counted[name] = _measured(workers, way, (*policy, "--tokenizer-path", model), work)
-            print(f"{name}: {counted[name]}", flush=True)
+        for turn in range(turns):
+            for name in list(WAYS)[:: 1 if turn % 2 == 0 else -1]:
+                way, policy = WAYS[name]
+                counted[name].append(_measured(workers, way, (*policy, "--tokenizer-path", model), work))
+                print(f"turn {turn + 1}: {name}: {counted[name][-1]}", flush=True)
     return counted
 
 
@@ -193,7 +196,7 @@ def _measured(
     asked = [late[0] - early[0] for early, late in zip(before, after, strict=True)]
     cached = [late[1] - early[1] for early, late in zip(before, after, strict=True)]
     by_worker = tuple(one - other for one, other in zip(asked, cached, strict=True))
-    return Counted(sum(asked), sum(by_worker), round(seconds, 1), by_worker)
+    return Counted(sum(asked), sum(by_worker), seconds, by_worker)
 
 
 def _tokens(url: str) -> tuple[int, int]:
@@ -207,13 +210,19 @@ def _total(text: str, name: str) -> int:
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0] == name))
 
 
-def _result(arguments: argparse.Namespace, counted: dict[str, Counted]) -> dict[str, Any]:
-    full = counted["round_robin"].asked
-    print(f"{arguments.forks} forks of {arguments.branches} branches, {full} prompt tokens as plain requests")
-    for name, one in counted.items():
-        share = one.computed / full
-        print(f"{name:12s} {one.computed:8d} computed ({share:.1%}), by worker {one.by_worker}, {one.seconds:.1f} s")
-    result = {f"computed_fraction_{name}": round(one.computed / full, 4) for name, one in counted.items()}
+def _result(arguments: argparse.Namespace, counted: dict[str, list[Counted]]) -> dict[str, Any]:
+    asked = [one.asked for one in counted["round_robin"]]
+    full = sum(asked)
+    print(f"{arguments.forks} forks of {arguments.branches} branches, {asked[0]} prompt tokens as plain requests")
+    shares, seconds, noise = {}, {}, {}
+    for name, turns in counted.items():
+        shares[name] = sum(one.computed for one in turns) / full
+        times = [one.seconds for one in turns]
+        seconds[name], noise[name] = round(sum(times) / len(times), 2), round(max(times) / min(times), 3)
+        workers = ", ".join(str(one.by_worker) for one in turns)
+        print(f"{name:12s} {shares[name]:.1%} computed, by worker {workers}; {seconds[name]} s, noise {noise[name]}")
+    result: dict[str, Any] = {f"computed_fraction_{name}": round(share, 4) for name, share in shares.items()}
+    result |= {"turns": arguments.turns, "seconds": seconds, "noise": noise}
     print(json.dumps(result))
     return result
 
@@ -245,7 +254,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--branches", type=int, default=8, help="branches of a fork")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens that each branch generates")
     parser.add_argument("--at-once", type=int, default=4, help="forks under way at the same time")
-    return parser.parse_args(argv)
+    parser.add_argument("--turns", type=int, default=2, help="of each way")
+    arguments = parser.parse_args(argv)
+    if arguments.turns < 1:
+        parser.error(f"--turns: must be at least 1, got {arguments.turns}")
+    return arguments
 
 
 if __name__ == "__main__":

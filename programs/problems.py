@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def load_problems(source: str, count: int, seed: int = 0) -> list[Problem]:
     """The first ``count`` problems of a source.
 
     Args:
-        source: ``gsm8k``; ``reasoning-gym:TASK`` for one of its generators, such as ``reasoning-gym:chain_sum``; or
+        source: ``gsm8k``; ``reasoning-gym:TASK`` for one of its generators, such as ``reasoning-gym:chain_sum``, with
+            parameters of its own where these follow: ``reasoning-gym:chain_sum,max_terms=3,max_digits=2``; or
             ``reading``, which a very small model can do (:mod:`programs.reading`).
         count: how many.
         seed: of a generator.
@@ -123,24 +125,39 @@ def _steps(case: dict[str, Any]) -> str:
     return _NOTE.sub("", (case["upstream_answer"] or "").partition("####")[0]).strip()
 
 
-def _reasoning_gym(task: str, count: int, seed: int) -> list[Problem]:
+def _reasoning_gym(named: str, count: int, seed: int) -> list[Problem]:
+    task, *given = named.split(",")
+    parameters = dict(_parameter(one) for one in given)
     gym = _package("reasoning_gym")
     tasks = sorted(_package("reasoning_gym.factory").DATASETS)
     if task not in tasks:
         near = ", ".join(difflib.get_close_matches(task, tasks, n=8) or tasks[:8])
         raise OptionError(f"source: reasoning-gym has no task {task!r}; {len(tasks)} others, such as {near}")
     try:
-        dataset = gym.create_dataset(task, size=count, seed=seed)
+        dataset = gym.create_dataset(task, size=count, seed=seed, **parameters)
+    except TypeError as error:
+        raise OptionError(f"source: reasoning-gym's {task!r} has no such parameter: {error}") from error
     except AssertionError as error:
-        raise OptionError(f"source: reasoning-gym's {task!r} needs more than a size and a seed: {error}") from error
+        raise OptionError(f"source: reasoning-gym's {task!r} refuses its parameters, or needs some: {error}") from error
 
     def grader(entry: dict[str, Any]) -> Callable[[str], bool]:
         return lambda text: any(_is_right(dataset, entry, answer) for answer in _readings(text))
 
     return [
-        Problem(f"{task}-{seed}-{index}", entry["question"], entry["answer"] or "", grader(entry))
+        Problem(f"{named}-{seed}-{index}", entry["question"], entry["answer"] or "", grader(entry))
         for index, entry in enumerate(dataset)
     ]
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """A parameter of a generator and its value, as JSON writes it."""
+    name, separator, value = text.partition("=")
+    try:
+        if not (separator and name.isidentifier()):
+            raise ValueError("no name")
+        return name, json.loads(value)
+    except ValueError as error:
+        raise OptionError(f"source: a parameter is written as name=value, such as max_terms=3, got {text!r}") from error
 
 
 def _readings(text: str) -> list[str]:

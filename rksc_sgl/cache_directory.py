@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 CACHE_VARIABLE = "RKSC_CACHE_DIR"
 
 
-def cache_directory(kind: Literal["models", "profiles", "traces", "native", "environments"]) -> Path:
+def cache_directory(kind: Literal["models", "profiles", "traces", "native", "environments", "pass-times"]) -> Path:
     """The directory of one kind; it need not exist yet.
 
     It is in the directory that ``RKSC_CACHE_DIR`` names, else in the user's cache directory.

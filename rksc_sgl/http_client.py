@@ -19,6 +19,9 @@ from rksc_sgl.errors import ServerRefusedError, ServerUnreachableError
 
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 1800.0
+# An idle connection is used again for so long. SGLang closes one after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE), which is also
+# how long httpx would keep it: a request that is sent just then is lost, and may not be sent again.
+KEPT_S = 2.0
 OUR_ROUTES = "/rksc/"
 
 
@@ -85,7 +88,7 @@ class HttpClient:
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 verify=tls,
                 timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S)),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=KEPT_S),
                 trust_env=False,
             )
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from rksc_sgl import http_client
 from rksc_sgl.errors import ServerRefusedError, ServerUnreachableError
 from rksc_sgl.http_client import Connection, HttpClient
 from rksc_sgl.server_process import free_port
 from tests.answering_server import Answering, answering
+from tests.serving import serving
 
 WAYS: dict[str, Callable[[HttpClient, str], Any]] = {
     "get": lambda client, path: client.get_json(path),
@@ -129,3 +133,38 @@ def test_a_connection_may_be_closed_after_its_request(server: Answering) -> None
         assert client.post_json("/x", {}, connection) == {"a": 1}
         connection.close()
         assert client.post_json("/x", {}) == client.post_json("/x", {}, Connection()) == {"a": 1}
+
+
+def test_an_idle_connection_is_left_before_the_server_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request on a connection that the server just closed is lost; SGLang closes what was idle for 5 s."""
+    from sglang.srt.environ import envs
+
+    assert envs.SGLANG_TIMEOUT_KEEP_ALIVE.default > 2 * http_client.KEPT_S
+    monkeypatch.setattr(http_client, "KEPT_S", 0.3)
+    connections: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.client_address)
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    with serving(server), HttpClient(f"http://127.0.0.1:{server.server_port}") as client:
+        client.get_json("/")
+        client.get_json("/")
+        assert len(connections) == 1, "one that was just used is used again"
+        time.sleep(0.5)
+        client.get_json("/")
+        assert len(connections) == 2

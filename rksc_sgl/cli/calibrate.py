@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rksc_sgl.cli.calibrate_blends import certify_blends
 from rksc_sgl.errors import OptionError, RkscError
 from rksc_sgl.exit_settings import TRACE_VARIABLE, profile_directory
 from rksc_sgl.server_arguments import server_arguments
@@ -56,13 +57,53 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="PNG of risk against saving. Default: beside the profile.")] = None,
     traces: Annotated[Path | None, typer.Option(help="Directory of the traces, to go on from. Default: cache.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    blends: Annotated[
+        bool, typer.Option("--blends", help="Certify blends instead, on prompts of --jsonl: share auto then blends.")
+    ] = False,
+    recompute: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --blends: share of the tokens that are computed all the same; several are tried. "
+            "Default: 0.3 and 0.05.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="With --blends: of the answers; may be given several times. Default: 0 and 0.7."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="With --blends: of an answer.")] = 256,
 ) -> None:
     """Certify early exits of verification for one model and one question, and write the profile.
 
     Full-depth verifications of a workload are traced on a real server; a read-out a layer is fitted on some of the
     forks, thresholds are certified on others (Learn-then-Test), and the rest shows what they do. Interrupted, it
     goes on from the traces that it has. The profile is valid for servers that serve the model in the same way.
+
+    With --blends, forks of your own prompts are answered and verified on exact and on blended KV, and a certificate is
+    written where blending loses no more right answers than it wins, and changes no more verdicts, than the risk.
     """
+    if (model_path is None) == (url is None):
+        raise OptionError("--model-path or --url: give one of the two")
+    if blends:
+        certify_blends(
+            model_path=model_path,
+            url=url,
+            jsonl=jsonl,
+            risks=risk or [],
+            alpha=alpha,
+            recompute=recompute or [],
+            temperatures=temperature or [],
+            max_tokens=max_tokens,
+            question=question,
+            labels=labels,
+            out=out,
+            traces=traces,
+            as_json=as_json,
+        )
+        return
+    if recompute or temperature:
+        raise OptionError("--recompute and --temperature: are for --blends only")
     # Not before it is needed: SGLang takes seconds to import.
     from rksc_sgl.calibration import workload
     from rksc_sgl.calibration.plot import plot_risk
@@ -70,8 +111,6 @@ def calibrate(
     from rksc_sgl.frontend.calibrating import Plan, calibrate_on, digest
     from rksc_sgl.frontend.verify import DEFAULT_QUESTION
 
-    if (model_path is None) == (url is None):
-        raise OptionError("--model-path or --url: give one of the two")
     names = tuple(label.strip() for label in labels.split(","))
     built_in = f"built-in mix, {forks} forks of {branches}, seed {seed}"
     plan = Plan(

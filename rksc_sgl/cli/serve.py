@@ -35,7 +35,8 @@ SGLang's own server with rksc in its processes. MODEL is an embedded model's nam
   --rksc-audit-stop      switch exits off when the audit refutes the certificate
   --rksc-trace           let requests ask for hidden states, as calibration does
   --rksc-pass-tokens N   what a pass costs before it computes, in tokens of a prefill: siblings wait for a common
-                         beginning where that saves more (default: 28 on a CPU, 1024 on an accelerator)
+                         beginning where that saves more, and blends and early exits are declined that save less
+                         (default: 28 on a CPU; on an NVIDIA GPU "learn": timed at the start, then learned)
   --rksc-fork JSON       defaults and limits of requests that are forks (docs/one_request.md), such as
                          '{"branches": 4, "limits": {"forks": 32}}'; with "v1": true every request on /v1 is one
                          that does not say otherwise (docs/scale_out.md)

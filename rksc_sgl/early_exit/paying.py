@@ -1,8 +1,8 @@
 """Whether verifications can save time by leaving a pass, before it is run.
 
 An accelerator that waits for launches takes as long for a few rows as for one. There, leaving saves nothing as long as
-others go on through all layers, and where all leave, it saves the layers that are never launched; each look costs about
-what launching a layer does, for the host waits for it.
+others go on through all layers, and where all leave, it saves the layers that are never launched; each look costs what
+was measured of looks on this server, or what launching a layer does, for the host waits for it.
 """
 
 from __future__ import annotations
@@ -33,4 +33,4 @@ def can_pay(watched: Sequence[Watched], rows: int, leaving_rows: int, layers: in
     looks = len({layer for rule in rules for layer in rule.layers if layer <= first})
     staying = rows - leaving_rows
     saved = cost.of(rows) - (cost.of(staying) if staying else 0.0)
-    return (layers - first) * saved > looks * cost.tokens
+    return (layers - first) / layers * saved > looks * cost.of_look(layers)

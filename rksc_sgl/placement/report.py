@@ -19,6 +19,7 @@ class SharingReport:
         taken_tokens: tokens whose KV was taken over, which is approximate.
         computed_tokens: tokens that were computed in every layer.
         recomputed_tokens: those of them that the donor has too.
+        budget_tokens: what it counted against the budget of its prefill batch, where that is less than its length.
         replaced_tokens: tokens of the branch's own prompt that the donor's prompt replaced.
         alias_dropped: an earlier merge could not be followed, because its prompt left the cache.
         declined: why no more was shared: few fixed words, for it labels a counter.
@@ -32,6 +33,7 @@ class SharingReport:
     taken_tokens: int | None = None
     computed_tokens: int | None = None
     recomputed_tokens: int | None = None
+    budget_tokens: int | None = None
     replaced_tokens: int | None = None
     alias_dropped: bool = False
     declined: str | None = None

@@ -109,6 +109,13 @@ class BlendPlan:
     always: NDArray[np.bool_]
     options: RequestOptions
 
+    def computed(self, begin: int) -> int:
+        """How many of its tokens, from ``begin`` on, go through all layers, as far as is known before the probe."""
+        candidates = self.source[begin:] >= 0
+        leading = int((candidates & self.always[begin:]).sum())
+        moved = int(self.options.recompute * int(candidates.sum()))
+        return int((~candidates).sum()) + max(leading, moved)
+
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:

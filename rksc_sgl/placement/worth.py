@@ -18,10 +18,11 @@ NOT_FASTER = "a blend would not be faster"
 # token took 30 ms there, a prefill of 4,096 some 110 (Llama 3.1 8B shapes, bfloat16), so 30 ms are about 1,000 tokens.
 PASS_TOKENS = {"cpu": 28, "cuda": 1024}
 PASS_TOKENS_VARIABLE = "RKSC_PASS_TOKENS"
+LEARN = "learn"  # in that variable: measured at the start, and learned from the passes that are served
 
 
 def pass_tokens(device: str, environment: Mapping[str, str] = os.environ) -> int:
-    """What a pass costs before it computes, in tokens of a prefill.
+    """What a pass costs before it computes, in tokens of a prefill, as far as nobody has measured it.
 
     Args:
         device: kind of device, as torch names it; one that is not known counts as an accelerator.
@@ -30,12 +31,23 @@ def pass_tokens(device: str, environment: Mapping[str, str] = os.environ) -> int
     Raises:
         OptionError: the environment says no number.
     """
-    text = environment.get(PASS_TOKENS_VARIABLE)
-    if text is None:
+    text = environment.get(PASS_TOKENS_VARIABLE, LEARN)
+    if text == LEARN:
         return PASS_TOKENS.get(device, PASS_TOKENS["cuda"])
     if not text.isdigit():
-        raise OptionError(f"{PASS_TOKENS_VARIABLE}: must be a whole number of tokens from 0 on, got {text!r}")
+        raise OptionError(
+            f"{PASS_TOKENS_VARIABLE}: must be {LEARN}, or a whole number of tokens from 0 on, got {text!r}"
+        )
     return int(text)
+
+
+def learns(device: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether it is measured and learned: on an accelerator unless a number is given, on a CPU where it is asked for.
+
+    Args:
+        device, environment: as :func:`pass_tokens` takes them.
+    """
+    return environment.get(PASS_TOKENS_VARIABLE, LEARN if device == "cuda" else "") == LEARN
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,13 @@ class PassCost:
         tokens: what it takes before it computes, as :func:`pass_tokens` has it.
         overlaps: an accelerator computes while the host launches what comes next, so that the longer of both counts; a
             CPU does one after the other.
+        look: what a look takes at which verifications may leave; None where it was not measured: as much as launching
+            a layer.
     """
 
     tokens: int = 1
     overlaps: bool = False
+    look: float | None = None
 
     @classmethod
     def on(cls, device: str, environment: Mapping[str, str] = os.environ) -> PassCost:
@@ -63,6 +78,10 @@ class PassCost:
     def of(self, computed: float) -> float:
         """A pass that computes so many tokens in every layer."""
         return max(float(self.tokens), computed) if self.overlaps else self.tokens + computed
+
+    def of_look(self, layers: int) -> float:
+        """A look, in a model of so many layers."""
+        return self.tokens / layers if self.look is None else self.look
 
 
 def worth_waiting(gained: int, siblings: int, pass_tokens: int) -> bool:
@@ -88,7 +107,7 @@ def worth_blending(tokens: int, cached: int, aligned: int, probe_share: float) -
         probe_share: layers that run for every token, as a share of the model's.
     """
     exact = tokens - cached
-    return exact >= LEAST_TOKENS and _computed(tokens, aligned, probe_share) <= WORTH * exact
+    return exact >= LEAST_TOKENS and computed_by_blend(tokens, tokens - aligned, probe_share) <= WORTH * exact
 
 
 def faster_blending(
@@ -103,10 +122,16 @@ def faster_blending(
         cost: of a pass of this server.
         siblings: branches of the fork that are computed in one pass, each taken to be as this one.
     """
-    blend = _computed(tokens, aligned, probe_share)
+    blend = computed_by_blend(tokens, tokens - aligned, probe_share)
     return cost.of(siblings * blend) <= FASTER * cost.of(siblings * (tokens - cached))
 
 
-def _computed(tokens: int, aligned: int, probe_share: float) -> float:
-    """What a blend computes, in tokens that go through all layers."""
-    return tokens * probe_share + (tokens - aligned) * (1.0 - probe_share)
+def computed_by_blend(tokens: int, computed: int, probe_share: float) -> float:
+    """What a blend computes, in tokens that go through all layers.
+
+    Args:
+        tokens: that the probe runs for.
+        computed: of these, that go on after it.
+        probe_share: layers of the probe, as a share of the model's.
+    """
+    return tokens * probe_share + computed * (1.0 - probe_share)

@@ -23,6 +23,7 @@ from rksc_sgl.placement.compare import Comparisons
 from rksc_sgl.placement.report import SharingReport
 from rksc_sgl.placement.values import BlendPlan, MergePlan
 from rksc_sgl.sglang_plugin.passes import token_confidence
+from rksc_sgl.sglang_plugin.placing.certified_blends import CertifiedBlend, under_certificate
 
 
 class Phase(Enum):
@@ -73,6 +74,7 @@ class BranchState:
         fork: of which it is a request, as memory is kept for it; None before it was looked at, and where it is of none.
         arrival: of that fork, in the order of all.
         memory: what is said of all that.
+        certified: it asked for ``auto`` and may be blended under this certificate; then ``options`` say how.
     """
 
     options: RequestOptions
@@ -95,6 +97,7 @@ class BranchState:
     fork: ForkKey | None = None
     arrival: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    certified: CertifiedBlend | None = None
 
     def enter(self, phase: Phase) -> None:
         """Move on to another phase."""
@@ -137,6 +140,7 @@ def attach_state(result: Any, scheduler: Any, recv_req: Any, *args: Any, **kwarg
     if options is None:
         result.rksc = None
         return result
+    options, certified = under_certificate(scheduler, options, len(result.origin_input_ids))
     refusal = token_confidence.install(scheduler) if options.confidence else ""
-    result.rksc = BranchState(options, confidence_refusal=refusal)
+    result.rksc = BranchState(options, confidence_refusal=refusal, certified=certified)
     return result

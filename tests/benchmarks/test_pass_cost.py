@@ -65,6 +65,8 @@ def test_the_last_line_is_of_the_blend_and_of_the_looks() -> None:
         "plain": counted(6, {}, 1),
         "blended": counted(6, {2: 33}, 3),
         "exiting": counted(6, {1: 9, 3: 14, 4: 11}, 4),
+        "in_place": counted(6, {}, 1, late=21),
+        "unasked": counted(6, {}, 1),
     }
     assert summary(passes, {"blended": counted(12, {2: 34}, 3)}) == {
         "synchronizations_blend": 2,
@@ -72,6 +74,7 @@ def test_the_last_line_is_of_the_blend_and_of_the_looks() -> None:
         "operations_take_over_double_layers": 34,
         "operations_layer_ratio": 1.0,
         "operations_look": 14,
+        "operations_verify_ratio": 1.05,
     }
 
 
@@ -82,4 +85,4 @@ def test_a_blended_pass_keeps_its_goals(capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["synchronizations_blend"] <= 2
     assert found["operations_take_over"] == found["operations_take_over_double_layers"] <= 40
-    assert found["operations_layer_ratio"] == 1.0
+    assert found["operations_layer_ratio"] == found["operations_verify_ratio"] == 1.0

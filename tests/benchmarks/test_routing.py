@@ -32,15 +32,18 @@ def test_the_counters_of_a_worker_are_summed_over_their_labels() -> None:
 
 def test_fractions_are_of_what_plain_requests_would_compute(capsys: pytest.CaptureFixture[str]) -> None:
     counted = {
-        "one_request": routing.Counted(1100, 100, 1.0, (60, 40)),
-        "keyed": routing.Counted(1200, 150, 2.0, (100, 50)),
-        "round_robin": routing.Counted(1000, 500, 3.0, (250, 250)),
+        "one_request": [routing.Counted(1100, 100, 1.0, (60, 40)), routing.Counted(1100, 140, 1.5, (80, 60))],
+        "keyed": [routing.Counted(1200, 150, 2.0, (100, 50)), routing.Counted(1200, 150, 2.0, (100, 50))],
+        "round_robin": [routing.Counted(1000, 500, 3.0, (250, 250)), routing.Counted(1000, 600, 3.3, (300, 300))],
     }
-    result = routing._result(SimpleNamespace(forks=32, branches=8), counted)
+    result = routing._result(SimpleNamespace(forks=32, branches=8, turns=2), counted)
     assert result == {
-        "computed_fraction_one_request": 0.1,
+        "computed_fraction_one_request": 0.12,
         "computed_fraction_keyed": 0.15,
-        "computed_fraction_round_robin": 0.5,
+        "computed_fraction_round_robin": 0.55,
+        "turns": 2,
+        "seconds": {"one_request": 1.25, "keyed": 2.0, "round_robin": 3.15},
+        "noise": {"one_request": 1.5, "keyed": 1.0, "round_robin": 1.1},
     }
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 

@@ -11,7 +11,15 @@ from rksc_sgl.donors.forks import Namespace
 from rksc_sgl.errors import OptionError
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.placement.values import Branch
-from rksc_sgl.placement.worth import LEAST_TOKENS, PassCost, faster_blending, pass_tokens, worth_blending, worth_waiting
+from rksc_sgl.placement.worth import (
+    LEAST_TOKENS,
+    PassCost,
+    faster_blending,
+    learns,
+    pass_tokens,
+    worth_blending,
+    worth_waiting,
+)
 
 
 @settings(deadline=None)
@@ -42,9 +50,15 @@ def test_a_wait_pays_when_what_all_siblings_save_outweighs_a_pass() -> None:
 def test_what_a_pass_costs_is_known_by_device_or_said_by_the_operator() -> None:
     assert pass_tokens("cpu", {}) < pass_tokens("cuda", {}) == pass_tokens("another accelerator", {})
     assert pass_tokens("cpu", {"RKSC_PASS_TOKENS": "7"}) == 7
+    assert pass_tokens("cpu", {"RKSC_PASS_TOKENS": "learn"}) == pass_tokens("cpu", {})
     for wrong in ("-1", "many", "1.5", ""):
         with pytest.raises(OptionError, match="RKSC_PASS_TOKENS"):
             pass_tokens("cpu", {"RKSC_PASS_TOKENS": wrong})
+
+
+def test_it_is_learned_on_a_gpu_unless_a_number_is_given_and_on_a_cpu_where_that_is_asked_for() -> None:
+    assert learns("cuda", {}) and not learns("cpu", {}) and not learns("xpu", {})
+    assert learns("cpu", {"RKSC_PASS_TOKENS": "learn"}) and not learns("cuda", {"RKSC_PASS_TOKENS": "7"})
 
 
 def test_a_pass_that_is_bound_by_launches_takes_as_long_whatever_it_computes() -> None:

@@ -21,6 +21,12 @@ PLAIN = Facts()
 Made = Callable[..., PlacingQueue]
 
 
+class Runner(SimpleNamespace):
+    """A double that can be a key, as SGLang's ``ModelRunner`` can."""
+
+    __hash__ = object.__hash__
+
+
 @pytest.fixture
 def queue_with(monkeypatch: pytest.MonkeyPatch) -> Made:
     """Makes the queue of a scheduler with an empty tree, in which these requests wait."""
@@ -32,7 +38,7 @@ def queue_with(monkeypatch: pytest.MonkeyPatch) -> Made:
         monkeypatch.setattr(queue_module, "offers_by", lambda scheduler: offers)
         config = SimpleNamespace(num_hidden_layers=6, vocab_size=512)
         scheduler = SimpleNamespace(
-            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model_config=config, device="cpu")),
+            tp_worker=SimpleNamespace(model_runner=Runner(model_config=config, device="cpu")),
             tree_cache=None,
             tokenizer=None,
             page_size=1,

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from rksc_sgl.metrics import OF_SCHEDULERS, counters
 from rksc_sgl.options import CONFIDENCE, KEY
-from rksc_sgl.placement.worth import PassCost
 from rksc_sgl.sglang_plugin.branch_state import Phase
 from rksc_sgl.sglang_plugin.inspection import counting, inquiry, prometheus_export
 from rksc_sgl.sglang_plugin.memory.keeper import described, known_keeper_of
 from rksc_sgl.sglang_plugin.offering import offers_here
-from rksc_sgl.sglang_plugin.passes import exits, token_confidence
+from rksc_sgl.sglang_plugin.passes import exits, pass_clock, token_confidence
+from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
+from rksc_sgl.sglang_plugin.placing import certified_blends
 from rksc_sgl.sglang_plugin.wiring import registry
 
 
@@ -38,6 +37,8 @@ def request_report(req: Any) -> dict[str, Any] | None:
         merged = min(state.canonical_tokens, req.cached_tokens)
         report.update(mode="merge", reused_tokens=req.cached_tokens - merged, merged_tokens=merged)
     report.update(state.sharing.to_plain())
+    if state.certified is not None and options.op == "branch":
+        report["certified_blend"] = asdict(state.certified)
     if state.waited_passes:
         report["waited_passes"] = state.waited_passes
     if options.group is not None:
@@ -151,7 +152,9 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
         "decoder_layers": getattr(runner.model, "rksc_decoder_layers", "SGLang's own"),
         "weights": weights_of(runner.model),
         "offers": offers_here.described(scheduler),
-        "pass_cost": asdict(PassCost.on(torch.device(runner.device).type)),
+        "pass_cost": pass_clock.described(runner),
+        "probe_layers": probe_layers(runner),
+        "certified_blend": certified_blends.described(scheduler),
         "hooks": registry.describe(),
         "exit": exits.state(runner),
         "confidence": token_confidence.described(scheduler),

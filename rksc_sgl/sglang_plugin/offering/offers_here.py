@@ -12,8 +12,9 @@ import torch
 
 from rksc_sgl.sglang_plugin.offering.server_facts import facts_of
 from rksc_sgl.sglang_plugin.offering.walkable import prove_walkable
-from rksc_sgl.sglang_plugin.passes import taking_over, token_confidence
+from rksc_sgl.sglang_plugin.passes import pass_clock, taking_over, token_confidence
 from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers, refusal_of_model
+from rksc_sgl.sglang_plugin.placing import budget, certified_blends
 from rksc_sgl.support import Offer, offers_of
 from rksc_sgl.support.offers import ALLOW_VARIABLE
 
@@ -30,6 +31,10 @@ def make_offers(scheduler: Any) -> None:
         runner = scheduler.tp_worker.model_runner
         with torch.no_grad():
             taking_over.prepare(runner, probe_layers(runner))
+        budget.make_room(scheduler)
+        certified_blends.read_certificate(scheduler)
+    if any(offers_by(scheduler)[name].offered for name in IN_INTERVALS):
+        pass_clock.start(scheduler)
     refusal = token_confidence.install(scheduler)
     if refusal:
         logger.warning("rksc: %s", refusal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from rksc_sgl.early_exit.leaving import Exits, Watched
 from rksc_sgl.early_exit.paying import NOT_PAYING, can_pay
 from rksc_sgl.early_exit.rules import ExitRule, PublishedRule, Verdict, margin_of, write_verdicts
+from rksc_sgl.layer_passes.contract import Decision, LayerPass
 from rksc_sgl.options import RequestOptions
-from rksc_sgl.placement.worth import PassCost
 from rksc_sgl.sglang_plugin.passes.claims import Batch
 from rksc_sgl.sglang_plugin.passes.exit_profiles import ExitProfiles, profiles_of
+from rksc_sgl.sglang_plugin.passes.pass_clock import clock_of
 from rksc_sgl.sglang_plugin.passes.ranks import tp_group
 from rksc_sgl.sglang_plugin.requests import PROMPT_LOGPROBS, wants_prompt_logprobs
 
@@ -26,6 +27,10 @@ class VerificationExits(Exits):
     def __init__(self, batch: Batch, watched: list[Watched]) -> None:
         super().__init__(watched, batch.agree)
         self._batch = batch
+
+    def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
+        with clock_of(self._batch.runner).timed_look():
+            return super().look(layer, layer_pass, there)
 
     def write(self, output: Any) -> None:
         logits, found = output.next_token_logits, []
@@ -58,7 +63,7 @@ def _decline_what_cannot_pay(batch: Batch, watched: list[Watched]) -> None:
     """Let nobody leave a pass that this would not make shorter."""
     runner, lengths = batch.runner, batch.forward_batch.extend_seq_lens_cpu
     leaving = [one for one in watched if one.rule is not None and not one.audited]
-    cost = PassCost.on(torch.device(runner.device).type)
+    cost = clock_of(runner).cost
     layers, rows = runner.model_config.num_hidden_layers, sum(lengths[one.place] for one in leaving)
     if not leaving or can_pay(leaving, sum(lengths), rows, layers, cost):
         return

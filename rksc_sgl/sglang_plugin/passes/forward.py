@@ -8,6 +8,7 @@ prepares the pass, and is told to run it as a split prefill where a policy claim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from rksc_sgl.metrics import PROBE_SECONDS, counters
 from rksc_sgl.sglang_plugin.branch_state import Phase
 from rksc_sgl.sglang_plugin.passes import blends, exits, merges, token_confidence
 from rksc_sgl.sglang_plugin.passes.claims import Batch
+from rksc_sgl.sglang_plugin.passes.pass_clock import clock_of
 from rksc_sgl.sglang_plugin.passes.ranks import agreement
 from rksc_sgl.sglang_plugin.passes.split_pass import SplitPass, probe_layers, refusal_of_batch
 
@@ -57,7 +59,9 @@ def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *
         return original(runner, forward_batch, *args, **kwargs)
     claimed = _claim(runner, forward_batch, scheduled)
     if claimed is None:
-        return original(runner, forward_batch, *args, **kwargs)
+        clock = clock_of(runner)
+        with clock.timed(forward_batch.extend_num_tokens) if clock.learning else nullcontext():
+            return original(runner, forward_batch, *args, **kwargs)
     token = _claimed.set(claimed)
     forward_batch.forward_mode = ForwardMode.SPLIT_PREFILL
     try:

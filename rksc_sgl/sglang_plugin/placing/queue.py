@@ -32,13 +32,16 @@ from rksc_sgl.placement.choose import Server, follow_alias, place_alone, place_b
 from rksc_sgl.placement.compare import Comparisons, Vocabulary
 from rksc_sgl.placement.report import SharingReport
 from rksc_sgl.placement.values import Branch, ForkFacts, Placement, Resident
-from rksc_sgl.placement.worth import LEAST_TOKENS, PassCost
+from rksc_sgl.placement.worth import LEAST_TOKENS
 from rksc_sgl.sglang_plugin.branch_state import BranchState, Phase
 from rksc_sgl.sglang_plugin.memory.keeper import keeper_for
 from rksc_sgl.sglang_plugin.offering.offers_here import offers_by
 from rksc_sgl.sglang_plugin.passes.common_values import common_values
 from rksc_sgl.sglang_plugin.passes.exit_profiles import profiles_of
+from rksc_sgl.sglang_plugin.passes.pass_clock import clock_of
 from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
+from rksc_sgl.sglang_plugin.placing import certified_blends
+from rksc_sgl.sglang_plugin.placing.budget import admitting
 from rksc_sgl.sglang_plugin.placing.replacing import replace_prompt
 from rksc_sgl.sglang_plugin.requests import namespace_of, prompt_of, refusal_of_replacing, refusal_of_splitting
 from rksc_sgl.sglang_plugin.tree import blended_key, is_reserved, resident_tokens
@@ -73,6 +76,9 @@ class PlacingQueue:
         Args:
             withheld: ids of requests whose turn it is not.
         """
+        cost = clock_of(self.scheduler.tp_worker.model_runner).cost
+        if cost is not self.server.pass_cost:
+            self.server = replace(self.server, pass_cost=cost)
         step = _Step(self)
         held = set(withheld)
         for req in self.scheduler.waiting_queue:
@@ -349,6 +355,7 @@ def forget_old_weights(result: Any, updater: Any, *args: Any, **kwargs: Any) -> 
     """AFTER hook: what was found of the weights before an update holds no more, certificates above all."""
     scheduler = updater.scheduler
     profiles_of(scheduler.tp_worker.model_runner).retire()
+    certified_blends.retire(scheduler)
     queue = known_queue_of(scheduler)
     if queue is not None:
         queue.forget_centre()
@@ -363,14 +370,19 @@ def hold_siblings(original: Callable[..., Any], scheduler: Any, *args: Any, **kw
     keeper = keeper_for(scheduler, queue)
     turn = None if keeper is None else keeper.turn(running)
     held = queue_of(scheduler).place(turn.withheld if turn else frozenset()) if queue else set()
+
+    def made() -> Any:
+        with admitting(scheduler):
+            return original(scheduler, *args, **kwargs)
+
     if turn is None and not held:
-        return original(scheduler, *args, **kwargs)
+        return made()
     allowed = [req for req in (turn.queue if turn else queue) if req.rid not in held]
     scheduler.waiting_queue = list(allowed)
     try:
-        result = original(scheduler, *args, **kwargs)
+        result = made()
         if keeper is not None and turn is not None and keeper.after(result[0], allowed, running):
-            result = original(scheduler, *args, **kwargs)
+            result = made()
             keeper.after(result[0], (), running)
         return result
     finally:
@@ -419,7 +431,7 @@ def server_of(scheduler: Any) -> Server:
         merge_refusal=offers["merge"].refusal,
         probe_share=probe_layers(runner) / runner.model_config.num_hidden_layers,
         page=scheduler.page_size,
-        pass_cost=PassCost.on(torch.device(runner.device).type),
+        pass_cost=clock_of(runner).cost,
     )
 
 

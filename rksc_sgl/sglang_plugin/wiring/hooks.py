@@ -15,7 +15,7 @@ from rksc_sgl.sglang_plugin.offering import offers_here
 from rksc_sgl.sglang_plugin.one_request import routes as one_request_routes
 from rksc_sgl.sglang_plugin.one_request import samples
 from rksc_sgl.sglang_plugin.passes import forward
-from rksc_sgl.sglang_plugin.placing import queue
+from rksc_sgl.sglang_plugin.placing import budget, queue
 from rksc_sgl.sglang_plugin.wiring import admission, registry
 from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
@@ -32,6 +32,7 @@ _WORKER = "sglang.srt.managers.tp_worker"
 _RUNNER = "sglang.srt.model_executor.model_runner"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _BATCH = "sglang.srt.managers.schedule_batch"
+_POLICY = "sglang.srt.managers.schedule_policy"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
@@ -227,6 +228,15 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "prefill_delayer_single_pass", "running_batch"),
         process="scheduler",
         why="forks begin as a whole, siblings wait for their anchor, and each branch gets its namespace and its donor",
+    ),
+    Hook(
+        target=f"{_POLICY}.PrefillAdder.add_one_req",
+        module=_POLICY,
+        kind="around",
+        function=budget.admit_by_computed,
+        parameters=("self", "req", "has_chunked_req", "truncation_align_size"),
+        process="scheduler",
+        why="a blend counts against a prefill batch's budget what it computes, so that siblings run in one pass",
     ),
     Hook(
         target=f"{_TREE}.UnifiedRadixCache.evict_for_alloc",
