@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-path", help="record with a server of this model, which is started and ended again")
     parser.add_argument("--url", help="record with a running server")
     parser.add_argument("--recordings", type=Path, metavar="F", help="JSON lines; appended to, or only replayed")
-    parser.add_argument("--source", default=GSM8K, help="gsm8k, reading or reasoning-gym:TASK")
+    parser.add_argument("--source", default=GSM8K, help="gsm8k, reading or reasoning-gym:TASK[,name=value...]")
     parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of generated problems")
     parser.add_argument("--branches", type=int, default=32, help="that are recorded of each problem")

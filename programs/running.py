@@ -30,7 +30,7 @@ def options(program: str, about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"rksc run {program.replace('_', '-')}", description=about)
     parser.add_argument("--url", help="a running server; without it one is started and ended again")
     parser.add_argument("--model-path", default=DEFAULT_MODEL, help="model of the server that is started")
-    parser.add_argument("--source", default=GSM8K, help="gsm8k, reading or reasoning-gym:TASK")
+    parser.add_argument("--source", default=GSM8K, help="gsm8k, reading or reasoning-gym:TASK[,name=value...]")
     parser.add_argument("--problems", type=int, default=4, help="how many problems")
     parser.add_argument("--branches", type=int, default=8, help="branches of each problem")
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of each branch at most")

@@ -92,6 +92,28 @@ def test_a_misspelled_task_is_answered_with_similar_names() -> None:
         load_problems("reasoning-gym:chainsum", 1)
 
 
+def test_a_generator_takes_parameters_of_its_own() -> None:
+    easy = load_problems("reasoning-gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1", 8)
+    assert all(one.question.count(" + ") + one.question.count(" - ") == 1 for one in easy)
+    assert len({one.id for one in easy}) == 8 and "max_terms=2" in easy[0].id
+    assert easy[0].grade(f"The answer is {easy[0].reference}.")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("reasoning-gym:chain_sum,terms=2", "no such parameter"),
+        ("reasoning-gym:chain_sum,min_terms=9,max_terms=2", "refuses its parameters"),
+        ("reasoning-gym:chain_sum,max_terms", "written as name=value"),
+        ("reasoning-gym:chain_sum,max_terms=two", "written as name=value"),
+        ("reasoning-gym:chain_sum,=2", "written as name=value"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_named(source: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        load_problems(source, 2)
+
+
 def test_a_task_that_needs_more_than_a_seed_is_refused() -> None:
     with pytest.raises(OptionError, match="composite"):
         load_problems("reasoning-gym:composite", 1)
