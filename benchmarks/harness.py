@@ -41,6 +41,7 @@ from rksc_sgl.server_process import ServerProcess
 
 PACKAGES = ["lm_eval[api]==0.4.13"]
 TASK = "rksc_items"
+TIMEOUT_S = 3600  # of one request, which is a whole fork; lm-eval gives up after 300 s otherwise
 LOOK_S = 0.25  # between two looks at the server's counters
 ROUTES = ("/v1", "/rksc/v1")
 METRIC = "exact_match,answer"
@@ -154,7 +155,8 @@ def evaluate(programs: Path, directory: Path, url: str, route: str, at_once: int
         RkscError: the harness failed.
     """
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+") as log:
-        model = f"model=default,base_url={url}{route}/chat/completions,num_concurrent={at_once},max_retries=1"
+        model = f"model=default,base_url={url}{route}/chat/completions"
+        model += f",num_concurrent={at_once},max_retries=1,timeout={TIMEOUT_S}"
         command = [str(programs / "lm_eval"), "run", "--model", "local-chat-completions", "--model_args", model]
         command += ["--tasks", TASK, "--include_path", str(directory), "--apply_chat_template", "--output_path", out]
         alone = {"HF_HOME": f"{out}/hf", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none"}

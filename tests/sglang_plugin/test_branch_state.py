@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,8 +42,8 @@ def test_only_known_steps_are_taken(before: Phase, after: Phase) -> None:
 
 def test_a_request_has_a_state_only_where_it_opted_in() -> None:
     def made(custom_params: object) -> BranchState | None:
-        req = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params))
-        return attach_state(req, None, None).rksc
+        req = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params), origin_input_ids=[1, 2])
+        return attach_state(req, threading.Event(), None).rksc  # any object that can be a key
 
     state = made({"rksc": {"group": "g", "share": "exact"}})
     assert state is not None and (state.options.group, state.phase) == ("g", Phase.NEW)
