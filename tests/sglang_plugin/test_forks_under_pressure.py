@@ -299,8 +299,8 @@ def test_forks_are_kept_whole_in_other_layouts(laid_out: Served) -> None:
 
 def test_abandoned_forks_make_way_in_other_layouts(laid_out: Served) -> None:
     broken = laid_out.total(LEASES_ENDED, reason="broken")
-    for number in range(4):
-        generate(laid_out, f"idle {number}", prompt_of(50 + number))
+    with ThreadPoolExecutor(4) as pool:  # at once: on a slow machine the first one's leases would be over by then
+        list(pool.map(lambda number: generate(laid_out, f"idle {number}", prompt_of(50 + number)), range(4)))
     assert laid_out.ask(prompt_of(77, 1300), None, 2)["meta_info"]["completion_tokens"] == 2
     assert laid_out.total(LEASES_ENDED, reason="broken") > broken
     laid_out.until(lambda: memory(laid_out)["leases"] == 0, seconds=20.0)
