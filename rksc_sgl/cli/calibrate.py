@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,17 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rksc_sgl.cli.asked_server import asked_server
 from rksc_sgl.cli.calibrate_blends import certify_blends
 from rksc_sgl.errors import OptionError, RkscError
 from rksc_sgl.exit_settings import TRACE_VARIABLE, profile_directory
-from rksc_sgl.server_arguments import server_arguments
-from rksc_sgl.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from rksc_sgl.calibration.certificate import Certificate, HeldOutFigures
     from rksc_sgl.calibration.profile import Profile
     from rksc_sgl.calibration.thresholds import CertifiedPoint, SkipPoint
-    from rksc_sgl.frontend.endpoint import Endpoint
 
 DEFAULT_RISKS = (0.005, 0.01, 0.02, 0.05)
 
@@ -124,7 +120,7 @@ def calibrate(
         alpha=alpha,
         seed=seed,
     )
-    with _server(model_path, url) as endpoint:
+    with asked_server(model_path, url, {TRACE_VARIABLE: "1"}) as endpoint:
         profile, found = calibrate_on(endpoint, plan, traces, quiet=as_json)
     target = out or profile_directory() / profile.file_name
     profile.save(target)
@@ -157,20 +153,6 @@ def risks_of(risk: list[float] | None, delta: list[float] | None) -> tuple[float
     if delta:
         print("rksc: warning: --delta is called --risk now", file=sys.stderr)
     return tuple(sorted(set(risk or delta or DEFAULT_RISKS)))
-
-
-@contextlib.contextmanager
-def _server(model_path: str | None, url: str | None) -> Iterator[Endpoint]:
-    from rksc_sgl.frontend.endpoint import Endpoint
-
-    if url is not None:
-        yield Endpoint(url)
-        return
-    assert model_path is not None
-    arguments = server_arguments(["--model-path", model_path])
-    print(f"rksc: starting a server of {model_path}", file=sys.stderr)
-    with ServerProcess(arguments, variables={TRACE_VARIABLE: "1"}) as server:
-        yield Endpoint(server.url)
 
 
 def _summary(profile: Profile, found: Certificate, target: Path, picture: Path) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rksc_sgl.cache_directory import cache_directory
+from rksc_sgl.cli.asked_server import asked_server
 from rksc_sgl.errors import OptionError, RkscError
 from rksc_sgl.exit_settings import profile_directory
 from rksc_sgl.options import DEFAULT_MINIMUM_SPAN
-from rksc_sgl.server_arguments import server_arguments
-from rksc_sgl.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from rksc_sgl.calibration.blend_certificate import BlendCertificate
@@ -93,7 +90,7 @@ def certify_blends(
             f"{needed} could",
             file=sys.stderr,
         )
-    with _server(model_path, url) as endpoint:
+    with asked_server(model_path, url) as endpoint:
         recordings = _file_of(endpoint, plan.source, traces)
         print(f"rksc: recorded in {recordings}", file=sys.stderr)
         made, tested = certify_on(endpoint, plan, recordings, quiet=as_json)
@@ -110,19 +107,6 @@ def certify_blends(
             f"no setting could be certified at a risk of {risk:g}: take more forks ({needed} without a loss are "
             "needed), a larger --risk, or a larger --recompute; share auto stays exact"
         )
-
-
-@contextlib.contextmanager
-def _server(model_path: str | None, url: str | None) -> Iterator[Endpoint]:
-    from rksc_sgl.frontend.endpoint import Endpoint
-
-    if url is not None:
-        yield Endpoint(url)
-        return
-    assert model_path is not None
-    print(f"rksc: starting a server of {model_path}", file=sys.stderr)
-    with ServerProcess(server_arguments(["--model-path", model_path])) as server:
-        yield Endpoint(server.url)
 
 
 def _file_of(endpoint: Endpoint, source: str, traces: Path | None) -> Path:
