@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -66,6 +66,7 @@ KINDS = (IDENTICAL, DIVERGENT, TOGETHER, TREE, SATURATED, DEFAULTS)
 SIZES = {"branches": (4, 8, 16), "material": (256, 1024, 2048)}
 MANY = 32  # branches at which the defaults are measured too
 
+Given = TypeVar("Given")  # an item
 Solve = Callable[[Item], Ran]
 
 
@@ -172,7 +173,10 @@ class Servers:
 
 
 def one_by_one(
-    arms: Mapping[str, tuple[Endpoint, Solve]], given: Sequence[Item], cell: Cell, progress: Callable[[], Any]
+    arms: Mapping[str, tuple[Endpoint, Callable[[Given], Ran]]],
+    given: Sequence[Given],
+    cell: Cell,
+    progress: Callable[[], Any],
 ) -> None:
     """Every item in every arm; the order of the arms changes."""
     for index, item in enumerate(given):

@@ -52,6 +52,10 @@ class Ran:
         taken: of these, taken over from another branch (a blend).
         judged: prompt tokens that verification computed.
         modes: how the branches shared, by the server's reports.
+        waited: branches that waited for the prefill of one of them.
+        left_early: verifications that left before the last layer.
+        left_out: branches that were stopped, or never started, because their vote was decided.
+        answer: of their vote; None without one.
     """
 
     seconds: float = 0.0
@@ -63,6 +67,10 @@ class Ran:
     taken: int = 0
     judged: int = 0
     modes: Counter[str] = field(default_factory=Counter)
+    waited: int = 0
+    left_early: int = 0
+    left_out: int = 0
+    answer: str | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -90,6 +98,7 @@ class Ran:
             self.cached += meta["cached_tokens"]
             self.taken += report.get("taken_tokens", 0)
             self.modes[report.get("mode", UNSHARED)] += 1
+            self.waited += "waited_passes" in report
 
 
 class Plain:
@@ -102,12 +111,21 @@ class Plain:
             own text.
         reuse: whether requests may share KV; else each has a cache namespace of its own.
         names_fork: whether the branches say which fork they are of.
+        exits: whether verifications may leave before the last layer, as the server's profile certifies it for verdicts.
     """
 
     def __init__(
-        self, endpoint: Endpoint, tokens: int, *, judge: bool, reuse: bool = True, names_fork: bool = False
+        self,
+        endpoint: Endpoint,
+        tokens: int,
+        *,
+        judge: bool,
+        reuse: bool = True,
+        names_fork: bool = False,
+        exits: bool = False,
     ) -> None:
         self.endpoint, self.tokens, self.judge, self.reuse, self.names_fork = endpoint, tokens, judge, reuse, names_fork
+        self.exits = exits
         self.labels = resolve_labels(LABELS, endpoint.tokenize)
 
     def fork(self, item: Item) -> Ran:
@@ -164,6 +182,7 @@ class Plain:
             scores = [self.labels.probabilities(label_logprobs(meta))[0] for meta in metas]
         ran.verified += len(scores)
         ran.judged += sum(meta["prompt_tokens"] - meta["cached_tokens"] for meta in metas)
+        ran.left_early += sum(_left_early(meta) for meta in metas)
         return scores
 
     def _ask(
@@ -172,15 +191,22 @@ class Plain:
         """Some requests that arrive together, of the fork of that name."""
         own = [dict(sampling) for _ in texts]
         body: dict[str, Any] = {"text": list(texts), "sampling_params": own}
-        if self.names_fork:
-            operation = {"op": "verify", "exit": "off"} if verifies else {}
+        if self.names_fork or (verifies and self.exits):
+            operation = self._verification() if verifies else {}
             for index, one in enumerate(own):
-                one["custom_params"] = {KEY: {"group": name, "branch": index, "branches": len(texts), **operation}}
+                named = {"group": name, "branch": index, "branches": len(texts)} if self.names_fork else {}
+                one["custom_params"] = {KEY: {**named, **operation}}
         if verifies:
             body |= {"return_logprob": [True] * len(texts), "token_ids_logprob": [self.labels.all_ids] * len(texts)}
         if not self.reuse:
             body["extra_key"] = [uuid.uuid4().hex for _ in texts]
         return self.endpoint.post_json("/generate", body)
+
+    def _verification(self) -> dict[str, Any]:
+        if not self.exits:
+            return {"op": "verify", "exit": "off"}
+        labels = {"yes_ids": list(self.labels.ids[0]), "no_ids": self.labels.other_ids}
+        return {"op": "verify", "exit": "certified", "scope": "verdict", **labels}
 
 
 class Ours:
@@ -235,6 +261,8 @@ class Ours:
 @sgl.function
 def _forked(s: Any, item: Item, arm: Ours, ran: Ran) -> None:
     alike = len(set(item.prompts)) == 1
+    if item.system is not None:
+        s += sgl.system(item.system)
     if alike:
         s += sgl.user(item.prompts[0])
     with ran.stage(PREFIX):
@@ -258,6 +286,11 @@ def _tree(s: Any, item: Item, arm: Ours, ran: Ran) -> None:
         kept = [branch for _, branch in sorted(scored, key=lambda pair: -pair[0])[:KEEP]]
         for branch in kept:
             branch += sgl.user(GO_ON)
+
+
+def _left_early(meta: Mapping[str, Any]) -> bool:
+    """Whether a verification left before the last layer."""
+    return bool(((meta.get(KEY) or {}).get("exit") or {}).get("layers_saved"))
 
 
 def _chat(content: str) -> Chat:

@@ -24,7 +24,7 @@ from benchmarks.overhead import median_ratio
 from benchmarks.stop_live import Solved, sampled
 from programs.asking import ask
 from programs.problems import Problem
-from rksc_sgl import EarlyStop, Endpoint
+from rksc_sgl import EarlyStop, Endpoint, SkipGate
 from rksc_sgl.answers import same_answer
 
 STOCK, AGAIN, CERTAIN, PROBABLE = "stock", "stock again", "certain", "probable(0.01)"
@@ -33,6 +33,21 @@ TEMPERATURE = 0.7
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Voted:
+    """What a fork's vote came to.
+
+    Attributes:
+        solved: tokens, grade and answer.
+        verified: branches that were verified.
+        left_out: branches that were stopped or never started.
+    """
+
+    solved: Solved
+    verified: int
+    left_out: int
 
 
 def solve_all(solve: Callable[[Given], Found], given: Sequence[Given], at_once: int) -> tuple[float, list[Found]]:
@@ -80,7 +95,7 @@ class Answers:
             AGAIN: (stock, lambda problem: sampled(client, problem, settings)),
         }
         for name, spec in SPECS.items():
-            arms[name] = (ours, lambda problem, spec=spec: _voted(ours, problem, settings, spec))  # type: ignore[misc]
+            arms[name] = (ours, lambda problem, spec=spec: vote(ours, problem, settings, spec).solved)  # type: ignore[misc]
         made = cls(branches, at_once, len(problems), source)
         bar = tqdm(total=rounds * len(arms), desc=f"defaults, {branches} branches", unit="round", file=sys.stderr)
         with bar:
@@ -114,26 +129,40 @@ class Answers:
 
 
 @sgl.function
-def _vote(s: Any, problem: Problem, settings: Settings, spec: EarlyStop) -> None:
+def _vote(s: Any, problem: Problem, settings: Settings, spec: EarlyStop | None, skip: SkipGate | None) -> None:
     ask(s, problem.messages(SYSTEM))
     branches = sgl.fork_similar(s, settings.branches, early_stop=spec)
     branches += sgl.assistant(sgl.gen("answer", max_tokens=settings.max_tokens, temperature=settings.temperature))
-    verdict = sgl.verify_gated(branches, "answer")
-    answer = verdict.answers[verdict.index]
-    s["solved"] = Solved(branches.stopping.tokens_spent, problem.grade(verdict.best["answer"]), answer)
+    verdict = sgl.verify_gated(branches, "answer", skip=skip)
+    answer, record = verdict.answers[verdict.index], branches.stopping
+    if record is None:
+        tokens, left_out = sum(branch.get_meta_info("answer")["completion_tokens"] for branch in branches), 0
+    else:
+        tokens, left_out = record.tokens_spent, len(record.of_fate("stopped") + record.of_fate("not_started"))
+    solved = Solved(tokens, problem.grade(verdict.best["answer"]), answer)
+    s["voted"] = Voted(solved, sum(score is not None for score in verdict.scores), left_out)
 
 
-def _voted(endpoint: Endpoint, problem: Problem, settings: Settings, spec: EarlyStop) -> Solved:
-    solved: Solved = _vote.run(problem=problem, settings=settings, spec=spec, backend=endpoint)["solved"]
-    return solved
+def vote(
+    endpoint: Endpoint, problem: Problem, settings: Settings, spec: EarlyStop | None, skip: SkipGate | None = None
+) -> Voted:
+    """One problem's fork.
+
+    Args:
+        spec: when its vote counts as decided; None runs all branches.
+        skip: when to do without verification; None where votes decide.
+    """
+    voted: Voted = _vote.run(problem=problem, settings=settings, spec=spec, skip=skip, backend=endpoint)["voted"]
+    return voted
 
 
 def _same(found: Sequence[Solved], others: Sequence[Solved]) -> list[bool]:
     """Whether both have the same answer, or both have none."""
-    return [_equal(one.answer, other.answer) for one, other in zip(found, others, strict=True)]
+    return [equal_answers(one.answer, other.answer) for one, other in zip(found, others, strict=True)]
 
 
-def _equal(one: str | None, other: str | None) -> bool:
+def equal_answers(one: str | None, other: str | None) -> bool:
+    """Whether two votes have the same answer, or both have none."""
     return one == other or (one is not None and other is not None and same_answer(one, other))
 
 

@@ -31,6 +31,13 @@ HEADLINES = {
     "tree_vs_stock": "tree, over SGLang",
     "saturated_vs_stock": "many forks at once, over SGLang",
 }
+LOAD_ARMS = {"ours": "ours", "opted_in": "opted in", "noise": "stock again"}
+LOAD_FIGURES = {
+    "throughput": "Output tokens a second",
+    "ttft_p50": "Time to first token, p50",
+    "ttft_p99": "Time to first token, p99",
+    "tpot_p50": "Time per output token, p50",
+}
 STYLE = Path(__file__).with_suffix(".css")
 
 
@@ -46,6 +53,10 @@ def make(directory: Path) -> Path:
     parts = ["<h1>Multi-branch reasoning on SGLang: what rksc_sgl is worth</h1>"]
     if "pipeline" in files:
         parts += _pipeline(files["pipeline"])
+    if "ablation" in files:
+        parts += _ablation(files["ablation"])
+    if "load" in files:
+        parts += _load(files["load"])
     if "sibling_stop" in files:
         parts += _stopping(files["sibling_stop"])
     parts.append("<h2>Everything that was measured</h2>")
@@ -185,6 +196,44 @@ def _defaults(defaults: Sequence[Mapping[str, Any]]) -> list[str]:
             legend(list(points)),
             scatter(points, "tokens, % of stock's", "right answers, %"),
         ]
+    return parts
+
+
+def _ablation(content: Mapping[str, Any]) -> list[str]:
+    figures, bars = content["figures"], []
+    for name, one in figures["without"].items():
+        low, high = one["interval"]
+        again = f"{one['noise']:.2f} ({one['noise_interval'][0]:.2f}–{one['noise_interval'][1]:.2f})"
+        bars.append(Bar(name, {"without": one["ratio"]}, low, high, f"{one['ratio']:.2f}×; noise {again}"))
+    missing = [f"{name}: {why}" for name, why in figures["not_measured"].items()]
+    said = (
+        f"{figures['model']}, {figures['problems']} problems a kind of forks, {figures['branches']} branches, material "
+        f"of about {figures['material']} tokens. Time without a mechanism over the time with all of them; whiskers: "
+        "95%. Noise: everything against itself."
+    )
+    parts = ["<h2>What each mechanism is worth</h2>", f"<p>{escape(said)}</p>"]
+    if bars:
+        parts.append(stacked_bars(bars, ["without"], "times as long without it"))
+    if missing:
+        parts.append(f"<p>Not measured: {escape('; '.join(missing))}.</p>")
+    return parts
+
+
+def _load(content: Mapping[str, Any]) -> list[str]:
+    figures = content["figures"]
+    said = (
+        f"{figures['model']}, SGLang's own load generator: {figures['requests']} requests in {figures['groups']} "
+        f"groups with {figures['common']} common tokens. Times better than stock SGLang (above 1: more tokens a "
+        "second, or less time), medians over rounds; whiskers: 95%. “stock again” is the noise."
+    )
+    parts = ["<h2>Under load</h2>", f"<p>{escape(said)}</p>", legend(list(LOAD_ARMS.values()))]
+    for name, title in LOAD_FIGURES.items():
+        series: dict[str, list[Point]] = {arm: [] for arm in LOAD_ARMS.values()}
+        for concurrency, cell in figures["by_concurrency"].items():
+            for key, arm in LOAD_ARMS.items():
+                ratio = f"{name}_ratio_{key}"
+                series[arm].append(Point(float(concurrency), cell[ratio], *cell["intervals"][ratio]))
+        parts += [f"<h3>{title}</h3>", lines(series, "requests at once", "times better than stock")]
     return parts
 
 

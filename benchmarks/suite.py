@@ -2,9 +2,10 @@
 
     rksc bench --quick
 
-``--quick`` runs the pipelines with few problems, in minutes. Without it every benchmark below runs, which
-takes hours on two cores; ``--only`` names some of them. A file of results has the figures, what they were made of, the
-command, its seeds, the machine and the versions; ``report.html`` shows them all. Nothing else should run beside it.
+``--quick`` runs the pipelines and the load with few problems and requests, in minutes. Without it every benchmark below
+runs, which takes hours on two cores; ``--only`` names some of them. A file of results has the figures, what they were
+made of, the command, its seeds, the machine and the versions; ``report.html`` shows them all. Nothing else should run
+beside it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("pipeline", "whole pipelines against no reuse and against SGLang", quick=("--quick",), writes=True),
+    Benchmark("ablation", "what each mechanism is worth in the pipelines", quick=("--quick",)),
+    Benchmark("load", "SGLang's own load generator, beside stock: ours, and opted in", quick=("--quick",)),
     Benchmark("siblings_together", "from how many common tokens on waiting pays", ("--repeats", "3")),
     Benchmark("divergent_prefix", "blends: prefill, and what they change", ("--quality-sets", "20")),
     Benchmark(
@@ -101,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [one.name for one in BENCHMARKS]
-    parser.add_argument("--quick", action="store_true", help="the pipelines with few problems")
+    parser.add_argument("--quick", action="store_true", help="the pipelines and the load, of few problems and requests")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="some of them")
     parser.add_argument("--model-path", default=DEFAULT_MODEL)
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"directory of results and page ({RESULTS})")

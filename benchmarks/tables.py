@@ -22,6 +22,13 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/measurements.md")
 RESULTS = ROOT / "benchmarks/results"
 PLACE = re.compile(r"<!-- rksc bench: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+FIGURES_OF_LOAD = {
+    "throughput": "output, tokens a second",
+    "input_throughput": "input, tokens a second",
+    "ttft_p50": "time to first token, p50, ms",
+    "ttft_p99": "time to first token, p99, ms",
+    "tpot_p50": "time per output token, p50, ms",
+}
 MISSING = "Not measured yet: `rksc bench` makes this table.\n"
 
 
@@ -93,11 +100,51 @@ def defaults(content: Mapping[str, Any]) -> str:
     return _table(columns, rows)
 
 
+def ablation(content: Mapping[str, Any]) -> str:
+    """What each mechanism is worth."""
+    figures, rows = content["figures"], []
+    for name, one in figures["without"].items():
+        if "same_answer" in one:
+            same = f"answers {one['same_answer']:.0%}, again {one['same_answer_noise']:.0%}"
+        else:
+            same = f"tokens: {'yes' if one['equal_tokens'] else 'NO'}"
+        ratio, noise = ([one[key], *one[f"{before}interval"]] for key, before in (("ratio", ""), ("noise", "noise_")))
+        rows.append((name, one["kind"], one["replaced_by"], _ratio(ratio), _ratio(noise), same))
+    columns = ("without", "forks", "instead", "times as long", "noise", "same")
+    missing = "".join(f" Not measured: {name} ({why})." for name, why in figures["not_measured"].items())
+    asked = (
+        f"{figures['problems']} problems a kind, {figures['branches']} branches, material of about "
+        f"{figures['material']} tokens"
+    )
+    said = f"`{content['command']}`: {figures['model']}, {asked}; {machine_of(content['made'])}.{missing}"
+    return _table(columns, rows) + f"\n{said}\n"
+
+
+def load(content: Mapping[str, Any]) -> str:
+    """Under SGLang's own load generator."""
+    figures, rows = content["figures"], []
+    for concurrency, cell in figures["by_concurrency"].items():
+        for name, said in FIGURES_OF_LOAD.items():
+            arms = [f"{name}_ratio_{arm}" for arm in ("ours", "opted_in", "noise")]
+            ratios = [_ratio([cell[arm], *cell["intervals"][arm]]) for arm in arms]
+            rows.append((concurrency, said, f"{cell['medians']['stock'][name]:,.1f}", *ratios))
+    asked = (
+        f"{figures['requests']} requests in {figures['groups']} groups, {figures['common']} common tokens, "
+        f"{figures['own']} of their own, {figures['tokens']} generated"
+    )
+    equal = "yes" if figures["equal_tokens"] else "NO"
+    said = f"`{content['command']}`: {figures['model']}, {asked}; {machine_of(content['made'])}. Equal tokens: {equal}."
+    columns = ("at once", "figure", "stock", "ours, times better", "opted in", "noise")
+    return _table(columns, rows) + f"\n{said}\n"
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "headline": ("pipeline", headline),
     "pipeline": ("pipeline", pipeline),
     "sizes": ("pipeline", sizes),
     "defaults": ("pipeline", defaults),
+    "ablation": ("ablation", ablation),
+    "load": ("load", load),
 }
 
 

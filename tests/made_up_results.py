@@ -1,12 +1,15 @@
-"""Results of pipelines that nobody ran, for tests of what is made of results."""
+"""Results that nobody measured, for tests of what is made of results."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pipeline
+from benchmarks import ablation, load, pipeline
+from benchmarks.load import Run
 from benchmarks.pipeline import AGAIN, DIVERGENT, EXACT, IDENTICAL, IN_PLACE, KINDS, NONE, OURS, STOCK, Cell
 from benchmarks.pipeline_arms import Ran
 from benchmarks.pipeline_defaults import CERTAIN, PROBABLE, Answers
@@ -57,4 +60,49 @@ def write_pipeline(directory: Path, **figures: Any) -> Path:
         defaults=[one.figures() for one in made],
         command="rksc bench --quick",
     )
+    return path
+
+
+def ablated(kind: str, *names: str, noise: float = 1.0) -> Cell:
+    """Two problems of one kind: two seconds without a mechanism, one with everything, where each is at work."""
+    on = {"waited": 7, "taken": 700, "left_early": 3, "left_out": 3, "answer": "7"}
+    votes = kind == ablation.VOTES
+    working = replace(ran(1.0), modes=Counter(exact=1, merge=7), verified=0 if votes else 8, **on)
+    arms = {ablation.EVERYTHING: working, ablation.AGAIN: replace(working, seconds=noise)}
+    for name in names:
+        verified = 5 if name == ablation.SKIP else working.verified
+        arms[name] = replace(ran(2.0), verified=verified, judged=400, answer="7.0")
+    return Cell(kind, 8, 1024, {name: [one, one] for name, one in arms.items()})
+
+
+def write_ablation(directory: Path) -> Path:
+    """A file as ``rksc bench`` makes it."""
+    cells = [
+        ablated(ablation.TOGETHER, ablation.SIBLINGS, ablation.IN_PLACE),
+        ablated(ablation.VOTES, ablation.SKIP, ablation.STOP),
+    ]
+    options = Namespace(model_path="a-model", problems=2, branches=8, material=1024, tokens=32, seed=0)
+    figures = ablation.summary(cells, {ablation.EXIT: "no profile"}, options)
+    path = directory / "ablation.json"
+    write(path, "ablation", figures, command="python -m benchmarks.ablation")
+    return path
+
+
+def load_run(value: float, tokens: tuple[tuple[int, int], ...] = ((10, 4), (10, 4))) -> Run:
+    """One run of which all figures are one number."""
+    return Run(dict.fromkeys(load.FIGURES, value), tokens, 0.25)
+
+
+def load_cell() -> load.Cell:
+    """Two rounds: ours has twice the figures of stock, and who opts in half of them."""
+    values = {load.STOCK: 2.0, load.OURS: 4.0, load.OPTED_IN: 1.0, load.AGAIN: 2.0}
+    return load.Cell({arm: [load_run(value), load_run(value)] for arm, value in values.items()})
+
+
+def write_load(directory: Path) -> Path:
+    """A file as ``rksc bench`` makes it."""
+    sizes = {"requests": 64, "groups": 8, "common": 256, "own": 64, "tokens": 32, "rounds": 2, "seed": 0}
+    figures = load.summary({1: load_cell(), 16: load_cell()}, Namespace(model_path="a-model", **sizes))
+    path = directory / "load.json"
+    write(path, "load", figures, command="python -m benchmarks.load")
     return path

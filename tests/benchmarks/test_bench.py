@@ -14,7 +14,7 @@ from benchmarks.charts import Bar, Point, lines, scatter, stacked_bars
 from benchmarks.result_files import read, write
 from benchmarks.suite import Benchmark
 from rksc_sgl.errors import RkscError
-from tests.made_up_results import write_pipeline
+from tests.made_up_results import write_ablation, write_load, write_pipeline
 
 
 @pytest.mark.parametrize("name", tables.DOCUMENTS)
@@ -28,8 +28,14 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     places = "".join(f"<!-- rksc bench: {name} -->\n<!-- end -->\n" for name in tables.TABLES)
     assert tables.filled(places, tmp_path).count(tables.MISSING) == len(tables.TABLES)
     write_pipeline(tmp_path)
+    assert tables.filled(places, tmp_path).count(tables.MISSING) == 2, "of two files that are not there"
+    write_ablation(tmp_path)
+    write_load(tmp_path)
     filled = tables.filled(places, tmp_path)
     assert tables.MISSING not in filled
+    assert "| siblings_wait | together | every branch computes its prompt | 2.00 (2.00 to 2.00) | 1.00" in filled
+    assert "| answers 100%, again 100% |" in filled and "Not measured: certified_exit (no profile)." in filled
+    assert "| 16 | time to first token, p99, ms | 2.0 | 0.50 (0.50 to 0.50) | 2.00 (2.00 to 2.00) | 1.00" in filled
     assert "| 8 branches of one prompt, over no KV reuse | 3.008 mean, 3.990 peak | **8.00** (8.00 to 8.00) |" in filled
     assert "same answer in 100%, stock's own in 50%" in filled and "Equal tokens in all arms: yes" in filled
     assert "| identical | 16 | 1024 | 8.00" in filled and "| 32 | certain |" in filled
@@ -44,12 +50,17 @@ def test_the_page_has_every_chart_and_needs_nothing_else(tmp_path: Path) -> None
     write_pipeline(tmp_path)
     policies = {"certain": {"8": {"answer_same_as_full": 1.0, "same_lower95": 0.9, "tokens_fraction": 0.6}}}
     write(tmp_path / "sibling_stop.json", "sibling_stop", {"policies": policies, "problems": 40}, command="x <y>")
+    charts = re.findall(r"<svg.*?</svg>", report.make(tmp_path).read_text())
+    assert len(charts) == 5 + 5 + 4 + 2 + 1  # stages, reuse, sizes, defaults, stopping
+    write_ablation(tmp_path)
+    write_load(tmp_path)
     text = report.make(tmp_path).read_text()
     charts = re.findall(r"<svg.*?</svg>", text)
-    assert len(charts) == 5 + 5 + 4 + 2 + 1  # stages, reuse, sizes, defaults, stopping
+    assert len(charts) == 17 + 1 + 4  # ablation, load
     for chart in charts:
         ElementTree.fromstring(chart)
     assert not re.search(r"(src|href)=|url\(|@import", text)
+    assert "Not measured: certified_exit: no profile." in text and "2.00×; noise 1.00" in text
     assert "8.00×" in text and "x &lt;y&gt;" in text and "prefers-color-scheme" in text
     with pytest.raises(RkscError, match="has no files of results"):
         report.make(tmp_path / "none")
