@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rksc_sgl.calibration.fingerprint import Fingerprint, fingerprint_of_model
 from rksc_sgl.calibration.profile import Profile
@@ -20,7 +19,6 @@ from rksc_sgl.calibration.thresholds import CertifiedPoint
 from rksc_sgl.early_exit.readout import LinearReadout
 from rksc_sgl.server_arguments import argument, server_arguments
 from rksc_sgl.server_process import ServerProcess
-from rksc_sgl.similarity.number_tokens import number_tokens
 from rksc_sgl.testing import write_tiny_model
 from rksc_sgl.testing.eager_blend import EagerLlama
 
@@ -92,10 +90,6 @@ class SixLayers:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path)
-
-    @cached_property
-    def numbers(self) -> NDArray[np.bool_]:
-        return number_tokens(self.tokenizer, VOCABULARY)
 
     def logprobs(self, prompt: Sequence[int]) -> torch.Tensor:
         """``[prompt, vocabulary]`` after each token, at full depth."""

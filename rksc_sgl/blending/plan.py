@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-BEFORE_NUMBER, AFTER_NUMBER = 1, 2  # tokens beside a number that are computed with it
 LEAD = 4  # tokens after another predecessor than the donor's that are always computed
 GAP = 4  # tokens between two runs that cost less to compute than a run of their own
 
@@ -25,57 +24,34 @@ def after_breaks(source: torch.Tensor) -> torch.Tensor:
     broken = source >= 0
     broken[1:] &= (source[:-1] < 0) | (source[1:] != source[:-1] + 1)
     broken[:1] &= source[:1] > 0
-    return _widened(broken, before=0, after=LEAD - 1) & (source >= 0)
-
-
-def around_numbers(number: torch.Tensor) -> torch.Tensor:
-    """Numbers, and the tokens beside them.
-
-    Few tokens carry what cannot be guessed from the rest, and numbers are the ones that a vocabulary shows. What a
-    branch says of them it says from its own KV (measured by ``benchmarks.divergent_prefix``).
-
-    Args:
-        number: ``[n]`` bool, tokens of a prompt that are parts of numbers.
-
-    Returns:
-        ``[n]`` bool.
-    """
-    return _widened(number, before=BEFORE_NUMBER, after=AFTER_NUMBER)
-
-
-def always_computed(source: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """``[n]`` bool, tokens that are computed though the donor has them: after breaks, and around numbers.
-
-    Args:
-        source: as :func:`after_breaks` takes it.
-        number: as :func:`around_numbers` takes it.
-    """
-    return after_breaks(source) | (around_numbers(number) & (source >= 0))
-
-
-def _widened(mask: torch.Tensor, *, before: int, after: int) -> torch.Tensor:
-    """A mask, and so many places before and after each of its true values."""
-    result = mask.clone()
-    for distance in range(1, after + 1):
-        result[distance:] |= mask[:-distance]
-    for distance in range(1, before + 1):
-        result[:-distance] |= mask[distance:]
-    return result
+    result = broken.clone()
+    for distance in range(1, LEAD):
+        result[distance:] |= broken[:-distance]
+    return result & (source >= 0)
 
 
 def to_compute(
-    candidate: torch.Tensor, deviation: torch.Tensor, always: torch.Tensor, *, threshold: float, share: float
+    candidate: torch.Tensor,
+    deviation: torch.Tensor,
+    attended: torch.Tensor,
+    always: torch.Tensor,
+    *,
+    threshold: float,
+    share: float,
 ) -> torch.Tensor:
-    """Tokens that are not taken over: those that the donor has not, those that always are, and those that moved most.
+    """Tokens that are not taken over: those that the donor has not, those that always are, and those that matter most.
 
-    To compute anew what deviates most is the rule of CacheBlend (arXiv 2405.16444).
+    A token matters by how far its state is from the donor's times how much the end of the prompt attends to it: what
+    deviates most is often what nobody asks for (``benchmarks.blend_rules`` draws both). To compute anew what deviates
+    most is the rule of CacheBlend (arXiv 2405.16444).
 
     Args:
         candidate: ``[n]`` bool, tokens whose KV could be taken over.
         deviation: ``[n]`` float, how far each one's state is from the donor's; a NaN counts as the largest.
-        always: ``[n]`` bool, as :func:`always_computed` has it.
+        attended: ``[n]`` float, how much the end of the prompt attends to each.
+        always: ``[n]`` bool, tokens that are computed though the donor has them, as :func:`after_breaks` has it.
         threshold: deviation from which on a token is computed ...
-        share: ... but no more, with those that always are, than this share of the candidates: those that deviate most.
+        share: ... but no more, with those that always are, than this share of the candidates: those that matter most.
 
     Returns:
         ``[n]`` bool; the last token is always among them.
@@ -85,8 +61,9 @@ def to_compute(
     chosen = moved > threshold
     most = max(0, int(share * int(candidate.sum())) - int(leading.sum()))
     if int(chosen.sum()) > most:
+        weight = torch.where(moved.isinf(), moved, moved * attended).masked_fill(~chosen, -torch.inf)
         chosen = torch.zeros_like(candidate)
-        chosen[moved.topk(most).indices] = True
+        chosen[weight.topk(most).indices] = True
     result = ~candidate | leading | chosen
     result[-1] = True
     return result

@@ -169,9 +169,10 @@ class _Layer:
         """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
         qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
         turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
-        out = backend.attend(
-            turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :], self.attn, batch
-        )
+        given = (turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :])
+        for hook in self.attn._forward_pre_hooks.values():
+            hook(self.attn, (*given, batch))
+        out = backend.attend(*given, self.attn, batch)
         hidden.add_(through(self.output, out))
         gate_up = memory.of(len(hidden), self.gate_up.weight.shape[0])
         gate, up = through(self.gate_up, _normed(hidden, self.before_mlp), gate_up).chunk(2, dim=-1)
@@ -249,7 +250,8 @@ class LeanStack:
         self, start: int, end: int, hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any
     ) -> None:
         """Add to hidden states ``[rows, hidden]`` what layers ``start`` until before ``end`` give, in place."""
-        if self.native is not None and self.native.serves(backend, batch):
+        heard = any(layer.attn._forward_pre_hooks for layer in self.layers[start:end])
+        if self.native is not None and not heard and self.native.serves(backend, batch):
             self.native.run(start, end, hidden, positions, backend, batch)
             return
         turns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

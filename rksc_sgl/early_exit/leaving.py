@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -76,6 +77,9 @@ class Exits:
 
     def stops(self) -> Collection[int]:
         return {stop for one in self.watched for stop in one.stops}
+
+    def at_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
         due = [one for one in self.watched if layer in one.stops and one.place in there]

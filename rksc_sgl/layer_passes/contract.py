@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +72,9 @@ class PassPolicy(Protocol):
 
     def stops(self) -> Collection[int]:
         """Layers at which it still wants to look: how many have run then, below the model's number of layers."""
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """What it needs around the pass: entered before the first layer, left after the last or when the pass fails."""
 
     def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
         """Decide, after ``layer`` layers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,13 @@ def run_pass(layer_pass: LayerPass, policies: Sequence[PassPolicy]) -> PassOutco
     Policies are asked in their order; a later one is told who left by an earlier one's decision. What they decided at
     a layer takes effect together, after the last of them.
     """
+    with ExitStack() as stack:
+        for policy in policies:
+            stack.enter_context(policy.at_work())
+        return _run(layer_pass, policies)
+
+
+def _run(layer_pass: LayerPass, policies: Sequence[PassPolicy]) -> PassOutcome:
     began, seconds = time.perf_counter(), dict[int, float]()
     runs = {place: [(0, length)] for place, length in enumerate(layer_pass.lengths)}
     layer = 0

@@ -104,8 +104,9 @@ def _waits_until(branch: Branch, beside: Comparison, siblings: int, server: Serv
         else:
             report.decline(f"content guard: {beside.guard.reason}", donor=beside.donor.name)
     blends = options.blends and not (server.blend_refusal or branch.whole) and beside.common + LEAST_TOKENS <= tokens
-    if blends and faster_blending(tokens, cached, beside.taken, server.probe_share, server.pass_cost, siblings):
-        gain = max(gain, beside.taken)
+    taken = beside.taken(options.recompute) if blends else 0
+    if blends and faster_blending(tokens, cached, taken, server.probe_share, server.pass_cost, siblings):
+        gain = max(gain, taken)
     return beside.donor.tokens.size if worth_blending(tokens, cached, gain, 0.0) else 0
 
 
@@ -149,7 +150,7 @@ class _Beside:
         if refusal:
             _say_not_shared(branch, self.report, refusal, best)
             return None
-        sizes = (branch.ids.size, branch.exact, best.taken, server.probe_share)
+        sizes = (branch.ids.size, branch.exact, best.taken(branch.options.recompute), server.probe_share)
         worth = worth_blending(*sizes)
         faster = faster_blending(*sizes, server.pass_cost, max(1, self.siblings))
         if not (worth and faster) and not branch.reads_blended:

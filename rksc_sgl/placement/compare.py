@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,36 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rksc_sgl.blending.plan import always_computed
+from rksc_sgl.blending.plan import after_breaks
 from rksc_sgl.donors.forks import Donor
 from rksc_sgl.similarity.alignment import Alignment, align
 from rksc_sgl.similarity.content_guard import ContentComparison, same_content
-from rksc_sgl.similarity.number_tokens import number_tokens
-
-
-@dataclass(eq=False)
-class Vocabulary:
-    """What token ids say.
-
-    Attributes:
-        tokenizer: of Hugging Face's interface.
-        size: ids of the model.
-    """
-
-    tokenizer: Any
-    size: int
-
-    @cached_property
-    def _numbers(self) -> NDArray[np.bool_]:
-        return number_tokens(self.tokenizer, self.size)
-
-    def numbers(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """``[n]`` which tokens are parts of numbers; ids that the model does not have count as the last one."""
-        return self._numbers[ids.clip(0, self.size - 1)]
-
-    def text(self, ids: NDArray[np.int64]) -> str:
-        """What they spell, special tokens included."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 class Comparison:
@@ -49,9 +22,9 @@ class Comparison:
         donor, ids: the two prompts, int64 ``[m]`` and ``[n]``.
     """
 
-    def __init__(self, donor: Donor, ids: NDArray[np.int64], minimum_span: int, vocabulary: Vocabulary) -> None:
+    def __init__(self, donor: Donor, ids: NDArray[np.int64], minimum_span: int, tokenizer: Any) -> None:
         self.donor, self.ids = donor, ids
-        self._minimum_span, self._vocabulary = minimum_span, vocabulary
+        self._minimum_span, self._tokenizer = minimum_span, tokenizer
 
     @cached_property
     def common(self) -> int:
@@ -73,18 +46,21 @@ class Comparison:
     @cached_property
     def always(self) -> NDArray[np.bool_]:
         """``[n]`` tokens that a blend computes though the donor has them."""
-        numbers = torch.from_numpy(self._vocabulary.numbers(self.ids))
-        return always_computed(torch.from_numpy(self.alignment.source), numbers).numpy()
+        return after_breaks(torch.from_numpy(self.alignment.source)).numpy()
 
-    @property
-    def taken(self) -> int:
-        """Tokens that a blend could take over."""
-        return self.alignment.aligned - int(self.always.sum())
+    def taken(self, recompute: float) -> int:
+        """Tokens that a blend would take over, where it computes this share of those that it could."""
+        aligned = self.alignment.aligned
+        return aligned - max(int(self.always.sum()), int(recompute * aligned))
 
     @cached_property
     def guard(self) -> ContentComparison:
         """What the content guard says."""
-        return same_content(self._vocabulary.text(self.donor.tokens), self._vocabulary.text(self.ids))
+        return same_content(self._text(self.donor.tokens), self._text(self.ids))
+
+    def _text(self, ids: NDArray[np.int64]) -> str:
+        """What they spell, special tokens included."""
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
 
 
 class Comparisons:
@@ -93,16 +69,16 @@ class Comparisons:
     Args:
         ids: int64 ``[n]`` the branch's prompt.
         minimum_span: the shortest run of equal tokens that counts.
-        vocabulary: of the model.
+        tokenizer: of Hugging Face's interface.
     """
 
-    def __init__(self, ids: NDArray[np.int64], minimum_span: int, vocabulary: Vocabulary) -> None:
-        self._ids, self._minimum_span, self._vocabulary = ids, minimum_span, vocabulary
+    def __init__(self, ids: NDArray[np.int64], minimum_span: int, tokenizer: Any) -> None:
+        self._ids, self._minimum_span, self._tokenizer = ids, minimum_span, tokenizer
         self._known: dict[int, Comparison] = {}
 
     def with_donor(self, donor: Donor) -> Comparison:
         """The comparison with a donor."""
         known = self._known.get(id(donor))
         if known is None or known.donor is not donor:
-            known = self._known[id(donor)] = Comparison(donor, self._ids, self._minimum_span, self._vocabulary)
+            known = self._known[id(donor)] = Comparison(donor, self._ids, self._minimum_span, self._tokenizer)
         return known

@@ -99,7 +99,7 @@ class BlendPlan:
         donor: whose KV.
         extra_key: the donor's namespace in the tree.
         source: int64 ``[n]``, the donor position of each token of the branch, -1 where there is none.
-        always: bool ``[n]``, tokens that are computed also where the donor has them: after breaks, and around numbers.
+        always: bool ``[n]``, tokens that are computed also where the donor has them: after breaks.
         options: of the request.
     """
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rksc_sgl.blending.plan import always_computed, runs_of, to_compute
+from rksc_sgl.blending.attended import QUERIES, attention_received
+from rksc_sgl.blending.plan import after_breaks, runs_of, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -19,13 +21,42 @@ class EagerResult:
 
     Attributes:
         kv: by layer, keys before their rotation and values, ``[n, kv_heads, size]`` each.
-        logits: ``[vocabulary]`` of the last token.
+        logits: ``[tail, vocabulary]`` of the last tokens.
         computed: ``[n]`` bool, the tokens that went through every layer.
     """
 
     kv: list[KV]
     logits: torch.Tensor
     computed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What is known of a prompt beside its donor's after the probe.
+
+    Attributes:
+        source: int64 ``[n]``, the donor position of each token, -1 where there is none.
+        deviation: ``[n]``, how far values are from the donor's, relative to these.
+        attended: ``[n]``, how much the last tokens attend to each.
+    """
+
+    source: torch.Tensor
+    deviation: torch.Tensor
+    attended: torch.Tensor
+
+
+Choice = Callable[[Probed], torch.Tensor]  # bool [n], tokens that are computed in all layers
+
+
+def served_choice(*, threshold: float, share: float) -> Choice:
+    """What a server computes with these options."""
+
+    def choose(probed: Probed) -> torch.Tensor:
+        always = after_breaks(probed.source)
+        sizes = (probed.source >= 0, probed.deviation, probed.attended, always)
+        return to_compute(*sizes, threshold=threshold, share=share)
+
+    return choose
 
 
 class EagerLlama:
@@ -35,58 +66,72 @@ class EagerLlama:
         self.model, self.inner = model, model.model
 
     @torch.no_grad()
-    def prefill(self, ids: list[int]) -> EagerResult:
+    def prefill(self, ids: Sequence[int], tail: int = 1) -> EagerResult:
         """Every token through every layer."""
         hidden = self.inner.embed_tokens(torch.tensor(ids))
         rows, kv = torch.arange(len(ids)), []
         for layer in self.inner.layers:
             kv.append(self._kv(layer, hidden))
             hidden = self._layer(layer, hidden, rows, kv[-1])
-        return EagerResult(kv, self._logits(hidden), torch.ones(len(ids), dtype=torch.bool))
+        return EagerResult(kv, self._logits(hidden[-tail:]), torch.ones(len(ids), dtype=torch.bool))
 
     @torch.no_grad()
     def blend(
         self,
-        ids: list[int],
+        ids: Sequence[int],
         donor: EagerResult,
         source: torch.Tensor,
-        number: torch.Tensor,
+        choose: Choice,
         *,
         probe: int,
-        threshold: float,
-        share: float,
+        after: Sequence[int] = (),
     ) -> EagerResult:
         """The first ``probe`` layers for every token; then what is to be computed, on the donor's keys and values.
 
         Args:
+            ids: of the prompt.
             source: int64 ``[n]``, the donor position of each token, -1 where there is none.
-            number: bool ``[n]``, tokens that are parts of numbers.
+            choose: of the prompt.
+            after: tokens that follow the prompt and read it; all of them are computed.
+
+        Returns:
+            Of prompt and following tokens; logits of the prompt's last one and of all that follow.
         """
-        hidden = self.inner.embed_tokens(torch.tensor(ids))
-        rows, kv = torch.arange(len(ids)), []
+        prompt, total = len(ids), len(ids) + len(after)
+        hidden = self.inner.embed_tokens(torch.tensor([*ids, *after]))
+        rows, kv = torch.arange(total), []
         for layer in self.inner.layers[:probe]:
             kv.append(self._kv(layer, hidden))
+            attended = self._attended(layer, hidden[:prompt], kv[-1][0][:prompt])
             hidden = self._layer(layer, hidden, rows, kv[-1])
-        candidate, there = source >= 0, source.clamp(min=0)
+        there = source.clamp(min=0)
         theirs = donor.kv[probe - 1][1][there].flatten(1)
-        deviation = (kv[-1][1].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
-        mask = torch.zeros(len(ids), dtype=torch.bool)
-        always = always_computed(source, number)
-        chosen = to_compute(candidate, deviation, always, threshold=threshold, share=share)
-        for begin, end in runs_of(chosen):
+        deviation = (kv[-1][1][:prompt].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
+        mask = torch.zeros(total, dtype=torch.bool)
+        for begin, end in runs_of(choose(Probed(source, deviation, attended))):
             mask[begin:end] = True
+        mask[prompt:] = True
         hidden, rows = hidden[mask], rows[mask]
         for index, layer in enumerate(self.inner.layers[probe:], start=probe):
-            keys, values = (part[there].clone() for part in donor.kv[index])
+            keys, values = (part.new_zeros(total, *part.shape[1:]) for part in donor.kv[index])
+            keys[:prompt], values[:prompt] = (part[there] for part in donor.kv[index])
             keys[mask], values[mask] = self._kv(layer, hidden)
             kv.append((keys, values))
             hidden = self._layer(layer, hidden, rows, kv[-1])
-        return EagerResult(kv, self._logits(hidden), mask)
+        return EagerResult(kv, self._logits(hidden[-len(after) - 1 :]), mask)
 
     def _kv(self, layer: Any, hidden: torch.Tensor) -> KV:
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         size = attention.head_dim
         return attention.k_proj(normed).unflatten(-1, (-1, size)), attention.v_proj(normed).unflatten(-1, (-1, size))
+
+    def _attended(self, layer: Any, hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """How much the last tokens attend to each token."""
+        attention, positions = layer.self_attn, torch.arange(len(hidden))
+        last = positions[-QUERIES:]
+        queries = attention.q_proj(layer.input_layernorm(hidden[last])).unflatten(-1, (-1, attention.head_dim))
+        turned = self._rotated(queries, last), self._rotated(keys, positions)
+        return attention_received(*turned, scaling=attention.scaling)
 
     def _layer(self, layer: Any, hidden: torch.Tensor, rows: torch.Tensor, kv: KV) -> torch.Tensor:
         """One decoder layer for the tokens at ``rows``, on the keys and values of all tokens."""
@@ -108,4 +153,4 @@ class EagerLlama:
         return apply_rotary_pos_emb(batch, batch, cos, sin)[0][0].transpose(0, 1)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.inner.norm(hidden[-1]))
+        return self.model.lm_head(self.inner.norm(hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -49,6 +50,9 @@ class Policy:
 
     def stops(self) -> Collection[int]:
         return self.decisions.keys()
+
+    def at_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
         self.seen.append((layer, sorted(there)))

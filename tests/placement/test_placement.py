@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rksc_sgl.blending.plan import LEAD
 from rksc_sgl.donors.forks import Donor, ForkKey, Namespace
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.placement.choose import (
@@ -24,7 +25,7 @@ from rksc_sgl.placement.choose import (
     place_beside,
     place_in_fork,
 )
-from rksc_sgl.placement.compare import Comparison, Comparisons, Vocabulary
+from rksc_sgl.placement.compare import Comparison, Comparisons
 from rksc_sgl.placement.values import Branch, ForkFacts, Placement, Resident
 from rksc_sgl.placement.worth import NOT_FASTER, PassCost
 
@@ -49,7 +50,7 @@ class Tokenizer:
         return " ".join(self.convert_ids_to_tokens(ids))
 
 
-VOCABULARY = Vocabulary(Tokenizer(), SIZE)
+TOKENIZER = Tokenizer()
 SERVER = Server(probe_share=0.1)
 
 
@@ -69,7 +70,7 @@ def branch(
 
 
 def compared(one: Branch) -> Comparisons:
-    return Comparisons(one.ids, one.options.minimum_span, VOCABULARY)
+    return Comparisons(one.ids, one.options.minimum_span, TOKENIZER)
 
 
 def in_fork(one: Branch, fork: ForkFacts, server: Server = SERVER) -> Placement:
@@ -161,13 +162,12 @@ def test_a_branch_takes_over_from_the_donor_that_has_most_of_it() -> None:
     assert placement.report.to_plain() == {"donor": "most", "aligned_tokens": MATERIAL.size}
 
 
-def test_numbers_are_always_computed_and_count_as_not_taken() -> None:
-    numbers = MATERIAL.copy()
-    numbers[::4] = 100 + np.arange(numbers[::4].size) % 100
-    donor, one = prompt(words(1, 17), numbers), branch(prompt(words(2, 31), numbers))
-    beside = compared(one).with_donor(Donor("d", donor))
-    assert beside.alignment.aligned == MATERIAL.size and beside.taken < 0.1 * MATERIAL.size
-    placement = in_fork(one, ForkFacts(donors=(whole("d", donor),)))
+def test_what_a_blend_computes_anyway_counts_as_not_taken() -> None:
+    beside = compared(branch(OTHER)).with_donor(Donor("d", DONOR))
+    aligned = beside.alignment.aligned
+    assert beside.taken(0.0) == aligned - LEAD, "after the one break"
+    assert beside.taken(0.25) == aligned - int(0.25 * aligned)
+    placement = in_fork(branch(OTHER, recompute=0.9), ForkFacts(donors=(whole("d", DONOR),)))
     assert placement.blend is None and placement.report.declined == TOO_FEW_ALIGN
 
 
@@ -281,6 +281,6 @@ def test_an_alias_is_followed_where_its_prompt_is_there_and_fits() -> None:
 
 
 def test_common_beginnings_are_counted_in_tokens() -> None:
-    beside = Comparison(Donor("d", np.array([1, 2, 3])), np.array([1, 2, 4, 5]), 16, VOCABULARY)
+    beside = Comparison(Donor("d", np.array([1, 2, 3])), np.array([1, 2, 4, 5]), 16, TOKENIZER)
     assert beside.common == 2 and not beside.begins_with_donor
-    assert Comparison(Donor("d", np.array([1, 2])), np.array([1, 2, 4]), 16, VOCABULARY).begins_with_donor
+    assert Comparison(Donor("d", np.array([1, 2])), np.array([1, 2, 4]), 16, TOKENIZER).begins_with_donor

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from rksc_sgl import metrics
+from rksc_sgl.placement.choose import TOO_FEW_ALIGN
 from rksc_sgl.placement.worth import PASS_TOKENS
 from rksc_sgl.similarity.alignment import align
+from rksc_sgl.testing.eager_blend import served_choice
 from tests.six_layers import VOCABULARY, Served, SixLayers, logprobs_of, report_of, sampling
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -49,10 +51,9 @@ def eager_logprobs(
     """What plain tensors make of a blend: log-probabilities, and how many tokens were taken over."""
     source = torch.from_numpy(align(donor, prompt, 16).source)
     source[source >= len(donor) // page * page] = -1  # the tree keeps whole pages
-    number = torch.from_numpy(six_layers.numbers[prompt])
     prefilled = six_layers.eager.prefill(donor)
-    found = six_layers.eager.blend(prompt, prefilled, source, number, probe=PROBE, threshold=0.0, share=share)
-    return found.logits.log_softmax(-1), int((~found.computed).sum())
+    found = six_layers.eager.blend(prompt, prefilled, source, served_choice(threshold=0.0, share=share), probe=PROBE)
+    return found.logits[-1].log_softmax(-1), int((~found.computed).sum())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5])
@@ -70,14 +71,14 @@ def test_a_blend_is_what_the_plain_computation_gives(served: Served, six_layers:
         assert value == pytest.approx(float(expected[token]), abs=2e-3)
 
 
-def test_recomputing_everything_is_the_exact_prefill(served: Served) -> None:
+def test_a_blend_that_would_compute_nearly_everything_is_an_exact_prefill(served: Served) -> None:
     served.flush()
     donor, prompt = pair(20)
     exact = logprobs_of(served.ask(prompt))
     served.flush()
     served.ask(donor, branch("all", 0))
     answer = served.ask(prompt, branch("all", 1, recompute=1.0, deviation=0.0))
-    assert report_of(answer)["taken_tokens"] == 0
+    assert report_of(answer)["mode"] == "exact" and report_of(answer)["declined"] == TOO_FEW_ALIGN
     assert logprobs_of(answer) == pytest.approx(exact, abs=1e-4)
 
 

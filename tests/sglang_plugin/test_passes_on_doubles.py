@@ -45,8 +45,10 @@ def job(place: int, every: int) -> BlendJob:
     """A sequence of which every so many tokens must be computed; its donor has all of it in other slots."""
     always = np.zeros(TOKENS, dtype=np.bool_)
     always[::every] = True
-    plan = BlendPlan(Donor("d", np.arange(TOKENS)), None, np.arange(TOKENS), always, RequestOptions())
-    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always)
+    options = RequestOptions(recompute=0.05)
+    plan = BlendPlan(Donor("d", np.arange(TOKENS)), None, np.arange(TOKENS), always, options)
+    slots = torch.arange(TOKENS) + (2 * place + 1) * TOKENS
+    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always, slots)
 
 
 def rows_of(jobs: list[BlendJob]) -> DonorRows:
@@ -64,7 +66,8 @@ def decided(
     pool = pool or Pool(2 * len(jobs) * TOKENS)
     runner = SimpleNamespace(model=None, model_config=config, token_to_kv_pool=pool, attn_backend=backend)
     batch = Batch(runner, None, SimpleNamespace(reqs=[]), "", lambda mask: mask)
-    return dict(Blends(batch, jobs, rows_of(jobs)).look(2, None, range(there)).runs)  # type: ignore[arg-type]
+    heard: Any = SimpleNamespace(attention_received=lambda sequences: None)  # all are attended to alike
+    return dict(Blends(batch, jobs, rows_of(jobs), heard).look(2, None, range(there)).runs)  # type: ignore[arg-type]
 
 
 def test_a_backend_that_takes_few_sequences_gets_fewer_runs_and_nothing_is_left_out(

@@ -1,18 +1,20 @@
 """In the model runner: a branch's prefill with the KV that its donor has already.
 
 The first layers run for every token. Then the values of the last of these layers are compared with the donor's, token
-by token; what the donor has not, and what moved most, is computed in the remaining layers, and the rest gets copies of
-the donor's KV in its own slots, keys turned to their new positions. Runs of computed tokens go through SGLang's own
+by token, and the end of the prompt is asked what it attends to there. What the donor has not, and what moved and is
+attended to most, is computed in the remaining layers, and the rest gets copies of the donor's KV in its own slots, keys
+turned to their new positions. Runs of computed tokens go through SGLang's own
 attention as sequences of their own (:class:`~rksc_sgl.sglang_plugin.passes.split_pass.SplitPass`).
 
-Everything that the host knows is brought to the device before the first layer. How far each token moved comes back in
-one transfer for the whole batch; which tokens are computed is decided on the host, which has to know it anyway, and
-what is taken over goes back in one more, for one operation of all layers.
+Everything that the host knows is brought to the device before the first layer. How far each token moved, and how much
+it is attended to, comes back in one transfer for the whole batch; which tokens are computed is decided on the host,
+which has to know it anyway, and what is taken over goes back in one more, for one operation of all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rksc_sgl.blending.attended import QUERIES
 from rksc_sgl.blending.fewer_runs import fewer_runs
 from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.take_over import DonorRows
@@ -30,6 +33,7 @@ from rksc_sgl.placement.values import BlendPlan
 from rksc_sgl.sglang_plugin.branch_state import BranchState
 from rksc_sgl.sglang_plugin.passes.attention_adapters import most_runs
 from rksc_sgl.sglang_plugin.passes.claims import Batch
+from rksc_sgl.sglang_plugin.passes.heard_queries import HeardQueries
 from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
 from rksc_sgl.sglang_plugin.passes.taking_over import deviations, take_over
 from rksc_sgl.sglang_plugin.passes.transfers import to_device
@@ -48,6 +52,7 @@ class BlendJob:
         plan: from placement.
         source: int64 ``[n]`` positions in the donor of its new tokens, -1 where the donor has none.
         always: bool ``[n]``, computed whatever they moved; of the whole prompt, so that chunks break nothing.
+        slots: ``[m]`` of all its tokens until the end of the pass, the new ones last.
     """
 
     place: int
@@ -55,6 +60,12 @@ class BlendJob:
     plan: BlendPlan
     source: NDArray[np.int64]
     always: NDArray[np.bool_]
+    slots: torch.Tensor
+
+    @property
+    def asking(self) -> int:
+        """How many of its last new tokens say what they attend to."""
+        return min(QUERIES, self.source.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +90,28 @@ class Blends:
         batch: of which they are.
         jobs: its sequences that take over KV.
         rows: their new tokens beside their donors', in this order.
+        heard: the queries of their last tokens in the last layer of the probe.
     """
 
     probes = True
 
-    def __init__(self, batch: Batch, jobs: Sequence[BlendJob], rows: DonorRows) -> None:
-        self._batch, self._jobs, self._rows = batch, jobs, rows
+    def __init__(self, batch: Batch, jobs: Sequence[BlendJob], rows: DonorRows, heard: HeardQueries) -> None:
+        self._batch, self._jobs, self._rows, self._heard = batch, jobs, rows, heard
         self._starts = [0, *accumulate(job.source.size for job in jobs)]
 
     def stops(self) -> Collection[int]:
         return (probe_layers(self._batch.runner),)
 
+    def at_work(self) -> AbstractContextManager[None]:
+        return self._heard.listening()
+
     def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
         """What is computed of each blended sequence; the rest is taken over here."""
-        moved = self._batch.agree(deviations(self._batch.runner, self._rows, layer)).cpu()
+        moved = deviations(self._batch.runner, self._rows, layer)
+        found = self._batch.agree(torch.stack((moved, self._attended(moved)))).cpu()
         parts = zip(self._jobs, pairwise(self._starts), strict=True)
-        beside = [(job, begin, _compare(job, moved[begin:end])) for job, (begin, end) in parts if job.place in there]
+        each = [(job, begin, _compare(job, *found[:, begin:end])) for job, (begin, end) in parts]
+        beside = [one for one in each if one[0].place in there]
         runs = fewer_runs([runs_of(one.computed) for _, _, one in beside], self._most_runs(len(there) - len(beside)))
         taken = []
         for (job, begin, compared), some in zip(beside, runs, strict=True):
@@ -106,6 +123,14 @@ class Blends:
 
     def write(self, output: Any) -> None:
         """Nothing: the last token of a branch is always computed, and its logits are its own."""
+
+    def _attended(self, like: torch.Tensor) -> torch.Tensor:
+        """``[n]`` how much each row is attended to by the last of its sequence; all alike where that was not heard."""
+        found = self._heard.attention_received([(job.asking, job.slots) for job in self._jobs])
+        if found is None:
+            return torch.ones_like(like)
+        parts = zip(self._jobs, found.split([job.slots.numel() for job in self._jobs]), strict=True)
+        return torch.cat([part[-job.source.size :] for job, part in parts])
 
     def _most_runs(self, others: int) -> int | None:
         """How many runs the blended sequences may have together, beside so many others of the batch."""
@@ -119,11 +144,11 @@ class Blends:
             take_over(self._batch.runner, self._rows, rows, probe)
 
 
-def _compare(job: BlendJob, deviation: torch.Tensor) -> Compared:
-    """What has to be computed of a sequence, by how far its values are from the donor's."""
+def _compare(job: BlendJob, deviation: torch.Tensor, attended: torch.Tensor) -> Compared:
+    """What has to be computed of a sequence, by how far its values are from the donor's and what its end attends to."""
     options, candidate = job.plan.options, torch.from_numpy(job.source >= 0)
     always = torch.from_numpy(job.always)
-    chosen = to_compute(candidate, deviation, always, threshold=options.deviation, share=options.recompute)
+    chosen = to_compute(candidate, deviation, attended, always, threshold=options.deviation, share=options.recompute)
     return Compared(candidate, chosen, 1.0 - float(deviation[candidate].clamp(max=1.0).mean()))
 
 
@@ -153,7 +178,7 @@ def claim(batch: Batch) -> Blends | None:
             slots.append(theirs)
         elif not req.rksc.sharing.taken_tokens:  # a short last chunk is not reported as declined
             req.rksc.sharing.decline(job)
-    return Blends(batch, jobs, _rows_of(batch, jobs, slots)) if jobs else None
+    return Blends(batch, jobs, *_rows_of(batch, jobs, slots)) if jobs else None
 
 
 class _DonorSlots:
@@ -183,11 +208,12 @@ def _job(batch: Batch, place: int, req: Any, plan: BlendPlan, resident: int) -> 
         return "too few of its new tokens are resident with its donor"
     always = np.zeros(length, dtype=np.bool_)
     always[: known.size] = plan.always[begin : begin + length]
-    return BlendJob(place, req.rksc, plan, source, always)
+    own = batch.schedule_batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : begin + length]
+    return BlendJob(place, req.rksc, plan, source, always, own)
 
 
-def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tensor]) -> DonorRows:
-    """The new tokens of all jobs beside their donors', whose slots these are."""
+def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tensor]) -> tuple[DonorRows, HeardQueries]:
+    """The new tokens of all jobs beside their donors', whose slots these are, and the last of them to be heard."""
     whole = batch.forward_batch
     starts = [0, *accumulate(whole.extend_seq_lens_cpu)]
     donors = [0, *accumulate(one.numel() for one in slots)]
@@ -196,11 +222,13 @@ def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tenso
     new = [whole.extend_prefix_lens_cpu[job.place] + np.arange(job.source.size) for job in jobs]
     old = [job.source.clip(0) for job in jobs]
     device = whole.out_cache_loc.device
-    arrays = [np.concatenate(part) for part in (here, there, old, new)]
-    rows, sources, old_places, new_places = to_device(arrays, device)
+    last = [own[-job.asking :] for own, job in zip(here, jobs, strict=True)]
+    arrays = [np.concatenate(part) for part in (here, there, old, new, last)]
+    rows, sources, old_places, new_places, asking = to_device(arrays, device)
     theirs = torch.cat([one.to(device, torch.int64) for one in slots])[sources]
     highest = max(int(part.max()) for part in (*new, *old))
-    return DonorRows(whole.out_cache_loc[rows].to(torch.int64), theirs, old_places, new_places, highest)
+    heard = HeardQueries(batch.runner, probe_layers(batch.runner) - 1, asking)
+    return DonorRows(whole.out_cache_loc[rows].to(torch.int64), theirs, old_places, new_places, highest), heard
 
 
 def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: float, probe: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,9 @@ class Merges:
 
     def stops(self) -> Collection[int]:
         return (probe_layers(self._batch.runner),)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def look(self, layer: int, layer_pass: LayerPass, there: Collection[int]) -> Decision:
         """Those that are similar enough leave, to come back with their donor's prompt; one transfer for all of them."""

@@ -90,6 +90,12 @@ def rotation_in_layers(model: Any) -> list[Rotation | None]:
     return known.in_layers
 
 
+def attention_modules(model: Any) -> list[Any]:
+    """The attention of each layer of a model that can be re-rotated, as SGLang calls it, by ascending ``layer_id``."""
+    rotation_in_layers(model)
+    return [layer.attention for layer in _known[model].layers]
+
+
 @dataclass(frozen=True)
 class _Layer:
     """An attention layer: the module that owns the paged attention (``RadixAttention``), and that attention."""

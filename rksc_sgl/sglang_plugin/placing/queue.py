@@ -29,7 +29,7 @@ from rksc_sgl.donors.forks import Anchor, Donor, ForkKey, ForkTable, Namespace
 from rksc_sgl.donors.residents import ResidentPrompts
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.placement.choose import Server, follow_alias, place_alone, place_beside, place_in_fork
-from rksc_sgl.placement.compare import Comparisons, Vocabulary
+from rksc_sgl.placement.compare import Comparisons
 from rksc_sgl.placement.report import SharingReport
 from rksc_sgl.placement.values import Branch, ForkFacts, Placement, Resident
 from rksc_sgl.placement.worth import LEAST_TOKENS
@@ -64,9 +64,7 @@ class PlacingQueue:
         self.scheduler = scheduler
         self.table: ForkTable[Any] = ForkTable()
         self.residents: ResidentPrompts | None = None
-        runner = scheduler.tp_worker.model_runner
         self.server = server_of(scheduler)
-        self._vocabulary = Vocabulary(scheduler.tokenizer, runner.model_config.vocab_size)
         self._offers = offers_by(scheduler)
         self._centre: torch.Tensor | None = None
 
@@ -154,7 +152,7 @@ class PlacingQueue:
     def compared(self, req: Any, state: BranchState) -> Comparisons:
         """A branch's prompt beside donors; kept while it waits."""
         if state.compared is None:
-            state.compared = Comparisons(prompt_of(req), state.options.minimum_span, self._vocabulary)
+            state.compared = Comparisons(prompt_of(req), state.options.minimum_span, self.scheduler.tokenizer)
         return state.compared
 
     def forget_centre(self) -> None:

@@ -1,0 +1,75 @@
+"""The queries of some rows of a pass, heard where a layer's attention is given them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+from rksc_sgl.blending.attended import attention_received
+from rksc_sgl.sglang_plugin.passes.rotary_models import attention_modules
+
+logger = logging.getLogger(__name__)
+
+
+class HeardQueries:
+    """Listens at one layer during a pass.
+
+    SGLang's models call their attention (``RadixAttention``) as a module, so that a hook of PyTorch's sees what it is
+    given; the CPU platform's own layers call such hooks too.
+
+    Args:
+        runner: SGLang's ``ModelRunner``.
+        layer: from 0.
+        rows: int64 ``[n]`` rows of the pass, on its device.
+    """
+
+    def __init__(self, runner: Any, layer: int, rows: torch.Tensor) -> None:
+        self._attention = attention_modules(runner.model)[layer]
+        self._keys = runner.token_to_kv_pool
+        self._layer, self._rows = layer, rows
+        self._queries: torch.Tensor | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The first call of the layer's attention within is heard."""
+        handle = self._attention.register_forward_pre_hook(self._hear)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._queries = None
+
+    def attention_received(self, sequences: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor | None:
+        """How much the rows of each sequence attend to all of its tokens, one after another.
+
+        Args:
+            sequences: of each how many of the rows are its last tokens, and the slots ``[n]`` of all its tokens.
+
+        Returns:
+            float32, as many as there are slots; None where nothing was heard, which is logged.
+        """
+        if self._queries is None:
+            _warn_once(type(self._attention).__name__)
+            return None
+        attention, keys = self._attention, self._keys.get_key_buffer(self._layer)
+        scaling, cap = float(attention.scaling), float(attention.logit_cap or 0.0)
+        window = -1 if attention.sliding_window_size is None else int(attention.sliding_window_size)
+        parts = zip(self._queries.split([count for count, _ in sequences]), sequences, strict=True)
+        return torch.cat(
+            [attention_received(own, keys[slots], scaling=scaling, window=window, cap=cap) for own, (_, slots) in parts]
+        )
+
+    def _hear(self, attention: Any, given: tuple[Any, ...]) -> None:
+        if self._queries is None and given:
+            queries = given[0].reshape(len(given[0]), attention.tp_q_head_num, -1)
+            self._queries = queries[self._rows]
+
+
+@cache
+def _warn_once(kind: str) -> None:
+    logger.warning("rksc: %s was not called with its queries, so blends compute what deviates most, whoever asks", kind)
