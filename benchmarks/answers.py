@@ -2,9 +2,9 @@
 
 Each problem is solved by a fork of branches that begin with instructions of their own and then read the same worked
 problems and the question (:mod:`benchmarks.answers_items`), greedily. Arms: exact, blend, merge, and exact again, which
-is the noise; caches are flushed between them. The prompt of a fork's first branch is computed first, so that it is what
-the others share with; it is exact in every arm and compared in none. Of the others those are compared that were blended
-or merged by the server's report. Those that were not are counted by its reason.
+is the noise; ``--arms`` runs some of them; caches are flushed between them. The prompt of a fork's first branch is
+computed first, so that it is what the others share with; it is exact in every arm and compared in none. Of the others
+those are compared that were blended or merged by the server's report. Those that were not are counted by its reason.
 
 Then every branch is verified where it stands, at full depth: do verdicts and selections stay the same on blended KV?
 On the exact arm: what is verification worth at all? Intervals are a bootstrap over problems
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.answers_arms import ARMS, Arms, Settings, Solved, recordings
+from benchmarks.answers_arms import ARMS, EXACT, Arms, Settings, Solved, recordings
 from benchmarks.answers_figures import COMPARED, summary
 from benchmarks.answers_items import OPENINGS, SOURCES, Item, items
 from rksc_sgl import Endpoint
@@ -48,12 +48,13 @@ def record(url: str, asked: Sequence[Item], options: argparse.Namespace) -> None
         RkscError: a branch failed, or the server went away; what was finished is in the file.
     """
     endpoint = Endpoint(url)
-    settings = Settings(_model_of(endpoint), options.seed, options.branches, options.worked, options.max_tokens)
+    names = [name for name in ARMS if name in options.arms]
+    settings = Settings(_model_of(endpoint), options.seed, options.branches, options.worked, options.max_tokens, names)
     file = recordings(options.recordings)
     done = {row.key for row in file.resume(settings)}
     missing = [item for item in asked if item.key not in done]
-    arms = Arms(endpoint, options.max_tokens)
-    total, known = len(asked) * len(ARMS), (len(asked) - len(missing)) * len(ARMS)
+    arms = Arms(endpoint, options.max_tokens, names)
+    total, known = len(asked) * len(names), (len(asked) - len(missing)) * len(names)
     bar = tqdm(total=total, initial=known, desc="answers", unit="fork", file=sys.stderr)
     with file.appending() as append, bar:
         for item in missing:
@@ -80,8 +81,9 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def _sharing(name: str, figures: Mapping[str, Any]) -> Table:
-    table = Table("beside the exact arm", *COMPARED, title=f"{name}: {figures['problems']} problems", box=box.SIMPLE)
-    columns = [figures[arm] for arm in COMPARED]
+    ran = [arm for arm in COMPARED if arm in figures]
+    table = Table("beside the exact arm", *ran, title=f"{name}: {figures['problems']} problems", box=box.SIMPLE)
+    columns = [figures[arm] for arm in ran]
     for label, key in (
         ("branches after the first", "branches"),
         ("of these compared", "pairs"),
@@ -169,6 +171,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sources", nargs="+", default=list(SOURCES), help=f"gsm8k, reading, reasoning-gym:TASK ({' '.join(SOURCES)})"
     )
+    parser.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), metavar="ARM", help=f"{', '.join(ARMS)} (all)"
+    )
     parser.add_argument("--problems", type=int, default=40, help="of each source (40)")
     parser.add_argument("--branches", type=int, default=len(OPENINGS), help=f"of each problem, 2 to {len(OPENINGS)}")
     parser.add_argument("--worked", type=int, default=4, help="worked problems that are read before each (4)")
@@ -178,6 +183,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.url is None and options.model_path is None and options.recordings is None:
         parser.error("--model-path: name a model or, with --url, a running server; or a file of --recordings")
+    if EXACT not in options.arms:
+        parser.error(f"--arms: all others are compared with {EXACT}; name it too")
     if options.max_tokens < 1:
         parser.error("--max-tokens: must be 1 or more")
     options.replay = options.replay or (options.url is None and options.model_path is None)

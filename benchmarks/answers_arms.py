@@ -1,12 +1,12 @@
-"""One problem in every arm: a fork that shares exactly, blends or merges, and whose branches are all verified.
+"""One problem in some arms: a fork that shares exactly, blends or merges, and whose branches are all verified.
 
 What the server reports of a branch is kept, so that whoever compares arms can tell where a blend or merge took place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Settings:
     branches: int
     worked: int
     max_tokens: int
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Solved:
-    """One problem in all arms, by their names."""
+    """One problem in the arms that it was solved in, by their names; the exact one is among them."""
 
     source: str
     problem: str
@@ -111,7 +112,9 @@ class Solved:
     @classmethod
     def of_plain(cls, source: str, problem: str, arms: Mapping[str, Mapping[str, Any]]) -> Solved:
         """From the fields of a line."""
-        forks = {name: Fork([Branch(**one) for one in arms[name]["branches"]], arms[name]["selected"]) for name in ARMS}
+        forks = {name: Fork([Branch(**one) for one in arm["branches"]], arm["selected"]) for name, arm in arms.items()}
+        if EXACT not in forks:
+            raise KeyError(EXACT)
         return cls(source, problem, forks)
 
 
@@ -126,28 +129,29 @@ class Arms:
     Args:
         endpoint: of a server with our plugin; nobody else may use it.
         max_tokens: of each branch.
+        names: of the arms.
 
     Raises:
         RkscError: the server has no plugin.
     """
 
-    def __init__(self, endpoint: Endpoint, max_tokens: int) -> None:
+    def __init__(self, endpoint: Endpoint, max_tokens: int, names: Sequence[str] = tuple(ARMS)) -> None:
         info = endpoint.read_rksc_info()
         if info is None:
             raise RkscError(f"{endpoint.base_url} runs without the rksc plugin; start it with rksc serve")
-        self.endpoint, self.max_tokens = endpoint, max_tokens
+        self.endpoint, self.max_tokens, self.names = endpoint, max_tokens, names
         self.layers = int(info["schedulers"][0]["exit"]["layers"])
 
     def solve(self, item: Item, progress: Callable[[], Any]) -> Solved:
-        """One problem in every arm; nothing that was computed in one is there in the next.
+        """One problem in each arm; nothing that was computed in one is there in the next.
 
         Raises:
             RkscError: a branch failed, or one that was to be computed as it is was not.
         """
         forks = {}
-        for name, share in ARMS.items():
+        for name in self.names:
             self.endpoint.flush_cache(wait_s=60.0)
-            forks[name] = self._fork(item, share)
+            forks[name] = self._fork(item, ARMS[name])
             progress()
         return Solved(*item.key, forks)
 

@@ -43,7 +43,7 @@ def summary(rows: Sequence[Solved]) -> dict[str, Any]:
     """The figures of these problems; what there is too little for is null."""
     return {
         "problems": len(rows),
-        **{arm: compared(rows, arm) for arm in COMPARED},
+        **{arm: compared(rows, arm) for arm in COMPARED if any(arm in row.arms for row in rows)},
         "verification": verification(rows),
     }
 
@@ -54,7 +54,7 @@ def summary(rows: Sequence[Solved]) -> dict[str, Any]:
 def compared(rows: Sequence[Solved], arm: str) -> dict[str, Any]:
     """Pairs of the branches that the arm did something about; of the exact arm again all but the first."""
     found = pairs(rows, arm)
-    others = [branch for row in rows for branch in row.arms[arm].branches[1:]]
+    others = [branch for row in rows if arm in row.arms for branch in row.arms[arm].branches[1:]]
     computed, computed_exact = sum(pair.other.computed for pair in found), sum(pair.exact.computed for pair in found)
     declined = Counter(one.declined or NO_REASON for one in others if not fired(one, arm))
     return {
@@ -79,6 +79,7 @@ def pairs(rows: Sequence[Solved], arm: str) -> list[Pair]:
     return [
         Pair(place, exact, other)
         for place, row in enumerate(rows)
+        if arm in row.arms
         for exact, other in list(zip(row.arms[EXACT].branches, row.arms[arm].branches, strict=True))[1:]
         if fired(other, arm)
     ]

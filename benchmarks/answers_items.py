@@ -101,7 +101,7 @@ def _to_be_shown(source: str, pool: Sequence[Problem], worked: int) -> list[Prob
         OptionError: there are too few in all.
     """
     answered = list({one.question: one for one in pool if one.reference}.values())
-    forgiving = [one for one in answered if _forgives(_worked(one))]
+    forgiving = [one for one in answered if _forgives(with_solution(one))]
     chosen = forgiving if len(forgiving) > worked else answered
     if len(chosen) <= worked:  # one of them may be the problem itself
         raise OptionError(f"worked: {source} has {len(answered)} problems that can be shown with answers, got {worked}")
@@ -114,13 +114,14 @@ def _forgives(text: str) -> bool:
 
 
 def _text(shown: Sequence[Problem], problem: Problem) -> str:
-    worked = "\n\n".join(_worked(one) for one in shown)
+    worked = "\n\n".join(with_solution(one) for one in shown)
     return (
         f"Here are some problems with their answers.\n\n{worked}\n\nNow solve this one.\n\n"
         f"Problem: {problem.question.strip()}\n\n{CLOSING}"
     )
 
 
-def _worked(problem: Problem) -> str:
+def with_solution(problem: Problem) -> str:
+    """A problem as one that was worked."""
     steps = f"{problem.solution}\n" if problem.solution else ""
     return f"Problem: {problem.question.strip()}\n{steps}The answer is {problem.reference}."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rksc_sgl.frontend.endpoint import Endpoint
 
 DEFAULT_RISK = 0.01
-DEFAULT_SETTINGS = (0.3, 0.05)  # shares that are computed although a donor has them, from the safest on
+DEFAULT_SETTINGS = (0.3, 0.1)  # shares that are computed although a donor has them, from the safest on
 DEFAULT_TEMPERATURES = (0.0, 0.7)
 DEFAULT_TOKENS = 256
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -253,6 +253,22 @@ def test_a_recording_comes_back_as_it_was_and_goes_on_after_its_last_whole_line(
     with file.appending() as append:
         append(ROWS[3])
     assert file.path.read_text() == whole
+
+
+def test_figures_are_made_of_the_arms_that_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = [Solved("s", "p", {EXACT: row.arms[EXACT], BLEND: row.arms[BLEND]}) for row in ROWS[:1]]
+    settings = replace(SETTINGS, arms=[EXACT, BLEND])
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in [settings, *some]))
+    assert answers.main(["--recordings", str(path)]) == 0
+    said = capsys.readouterr()
+    figures = json.loads(said.out)["all"]
+    assert BLEND in figures and MERGE not in figures and AGAIN not in figures
+    with pytest.raises(OptionError, match="other settings \\(arms\\)"):
+        recordings(path).resume(SETTINGS)
+    with pytest.raises(SystemExit):
+        answers.main(["--model-path", "m", "--arms", BLEND])
+    assert "name it too" in capsys.readouterr().err
 
 
 def test_other_settings_and_other_files_are_refused(tmp_path: Path) -> None:
