@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 LEAD = 4  # tokens after another predecessor than the donor's that are always computed
-GAP = 4  # tokens between two runs that cost less to compute than a run of their own
+GAP = 4  # tokens between two runs that cost less to compute than a run more, where a backend attends run by run
 
 
 def after_breaks(source: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def to_compute(
     return result
 
 
-def runs_of(mask: torch.Tensor, gap: int = GAP) -> list[tuple[int, int]]:
+def runs_of(mask: torch.Tensor, gap: int) -> list[tuple[int, int]]:
     """Runs ``(begin, end)`` of true values, joined where at most ``gap`` false ones lie between them."""
     places = mask.nonzero().flatten()
     if not len(places):

@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rksc_sgl.blending.attended import QUERIES, attention_received
-from rksc_sgl.blending.plan import after_breaks, runs_of, to_compute
+from rksc_sgl.blending.plan import after_breaks, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -107,10 +107,8 @@ class EagerLlama:
         there = source.clamp(min=0)
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1][:prompt].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
-        mask = torch.zeros(total, dtype=torch.bool)
-        for begin, end in runs_of(choose(Probed(source, deviation, attended))):
-            mask[begin:end] = True
-        mask[prompt:] = True
+        mask = torch.ones(total, dtype=torch.bool)
+        mask[:prompt] = choose(Probed(source, deviation, attended))
         hidden, rows = hidden[mask], rows[mask]
         for index, layer in enumerate(self.inner.layers[probe:], start=probe):
             keys, values = (part.new_zeros(total, *part.shape[1:]) for part in donor.kv[index])

@@ -85,7 +85,7 @@ def test_nothing_that_the_donor_has_not_is_ever_taken_over(
 @settings(deadline=None)
 @given(FLAGS)
 def test_runs_cover_what_is_computed_and_join_over_small_gaps(flags: list[bool]) -> None:
-    runs = runs_of(torch.tensor(flags))
+    runs = runs_of(torch.tensor(flags), GAP)
     covered = {place for begin, end in runs for place in range(begin, end)}
     assert {place for place, flag in enumerate(flags) if flag} <= covered
     for (_, end), (begin, _) in pairwise(runs):
@@ -95,4 +95,9 @@ def test_runs_cover_what_is_computed_and_join_over_small_gaps(flags: list[bool])
 
 @pytest.mark.parametrize(("flags", "runs"), [([0, 0], []), ([1], [(0, 1)]), ([1, 0, 0, 1, 0], [(0, 4)])])
 def test_runs_by_hand(flags: list[int], runs: list[tuple[int, int]]) -> None:
-    assert runs_of(torch.tensor(flags, dtype=torch.bool)) == runs
+    assert runs_of(torch.tensor(flags, dtype=torch.bool), GAP) == runs
+
+
+def test_without_a_gap_runs_are_exactly_what_is_computed() -> None:
+    flags = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool)
+    assert runs_of(flags, 0) == [(0, 2), (3, 4), (6, 7)]

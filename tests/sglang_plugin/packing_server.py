@@ -19,7 +19,7 @@ from rksc_sgl.sglang_plugin.passes import packing
 RkscCpuPlatform.post_load_model = SRTPlatform.post_load_model  # type: ignore[method-assign]
 packing.BACKENDS.add("RkscCpuAttnBackend")
 _calls = 0
-_original = packing.Packing.forward_extend
+_original = packing.TritonPacking.forward_extend
 
 
 def _counted(*args: Any, **kwargs: Any) -> Any:
@@ -29,7 +29,7 @@ def _counted(*args: Any, **kwargs: Any) -> Any:
     return _original(*args, **kwargs)
 
 
-packing.Packing.forward_extend = _counted  # type: ignore[method-assign]
+packing.TritonPacking.forward_extend = _counted  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main()

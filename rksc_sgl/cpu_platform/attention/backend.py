@@ -15,6 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
 
 from .kernels import LogitRule, Workspace, planned_attention
+from .packed import PackedRows
 from .plan import AttentionPlan, HeadShape, build_plan
 from .sequences import QuerySequence, batch_sequences
 
@@ -36,6 +37,11 @@ class _Kind:
 
     key: _PlanKey
     rule: LogitRule
+
+    @property
+    def is_plain(self) -> bool:
+        """Without a window and a cap."""
+        return self.key.window is None and not self.key.swa_slots and not self.rule.cap
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +74,13 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
 
     Attributes:
         plain_pool: whether slots of the pool are rows that can be read and written as they are.
+        packed: the rows of the passes that are running, by their sequences; None where a pass is planned.
     """
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
+        self.packed: PackedRows | None = None
         pool = self.token_to_kv_pool
         self.plain_pool = type(pool) is LazyMHATokenToKVPool and not pool.use_hnd and pool.store_dtype == pool.dtype
 
@@ -145,8 +153,12 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
 
     def _read(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         kind, pool = self._kind(layer), self.token_to_kv_pool
-        plan = self._plan(kind.key, forward_batch)
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        if self.packed is not None and kind.is_plain:
+            kv = (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id))
+            self.packed.attend(queries, *kv, kind.rule.scale, out)
+            return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+        plan = self._plan(kind.key, forward_batch)
         if plan.rows < queries.shape[0]:  # rows that only pad the batch
             out[plan.rows :].zero_()
             queries = queries[: plan.rows]

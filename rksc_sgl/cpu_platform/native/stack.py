@@ -44,6 +44,7 @@ class NativeStack:
         """Whether a pass is one of few rows over a pool whose slots are float32 rows."""
         return (
             backend.plain_pool
+            and backend.packed is None
             and backend.token_to_kv_pool.dtype == torch.float32
             and 0 < batch.input_ids.shape[0] <= MOST_ROWS
         )

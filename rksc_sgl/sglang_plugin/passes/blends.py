@@ -34,6 +34,7 @@ from rksc_sgl.sglang_plugin.branch_state import BranchState
 from rksc_sgl.sglang_plugin.passes.attention_adapters import most_runs
 from rksc_sgl.sglang_plugin.passes.claims import Batch
 from rksc_sgl.sglang_plugin.passes.heard_queries import HeardQueries
+from rksc_sgl.sglang_plugin.passes.packing import joined_over
 from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
 from rksc_sgl.sglang_plugin.passes.taking_over import deviations, take_over
 from rksc_sgl.sglang_plugin.passes.transfers import to_device
@@ -112,7 +113,9 @@ class Blends:
         parts = zip(self._jobs, pairwise(self._starts), strict=True)
         each = [(job, begin, _compare(job, *found[:, begin:end])) for job, (begin, end) in parts]
         beside = [one for one in each if one[0].place in there]
-        runs = fewer_runs([runs_of(one.computed) for _, _, one in beside], self._most_runs(len(there) - len(beside)))
+        gap = joined_over(self._batch.runner)
+        separate = [runs_of(one.computed, gap) for _, _, one in beside]
+        runs = fewer_runs(separate, self._most_runs(len(there) - len(beside)))
         taken = []
         for (job, begin, compared), some in zip(beside, runs, strict=True):
             left = _outside(some, job.source.size)

@@ -1,22 +1,26 @@
-"""Attention of a narrowed batch as one operation a layer, on SGLang's Triton backend, where the operator asks for it.
+"""Attention of a narrowed batch by its sequences: where they are, the runs of one sequence read its keys together.
 
-Without it a run of computed tokens is a sequence of its own to the backend and reads its whole prefix for itself
-(:mod:`rksc_sgl.packed_attention`). It was not run on a GPU, and so it is off unless the server was started with
-``--rksc-packed-attention``.
+Without it a run of computed tokens is a sequence of its own to the backend and reads its whole prefix for itself. On
+the CPU platform it is what narrowed batches do (:mod:`rksc_sgl.cpu_platform.attention.packed`). On SGLang's Triton
+backend it is one operation a layer (:mod:`rksc_sgl.packed_attention`), which was not run on a GPU, and so it is off
+unless the server was started with ``--rksc-packed-attention``.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from rksc_sgl.blending.plan import GAP
+from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
+from rksc_sgl.cpu_platform.attention.packed import PackedRows
 from rksc_sgl.layer_passes.contract import Run
 from rksc_sgl.packed_attention.layout import Queries, lay_out
 from rksc_sgl.packed_attention.proof import difference_from_plain
@@ -29,8 +33,38 @@ BACKENDS = {"TritonAttnBackend"}
 PROGRAMS_A_CORE = 2  # of a device, that lay_out cuts keys for
 
 
-class Packing:
-    """The attention of one narrowed batch.
+class Packing(Protocol):
+    """The attention of one narrowed batch."""
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """The backend computes it within."""
+
+
+class CpuPacking:
+    """On the CPU platform.
+
+    Args:
+        runner: SGLang's ``ModelRunner``.
+        batch: the narrowed ``ForwardBatch``, a sequence for each run.
+        runs: its runs, in order.
+    """
+
+    def __init__(self, runner: Any, batch: Any, runs: Sequence[Run]) -> None:
+        self._backend, table = runner.attn_backend, runner.req_to_token_pool.req_to_token
+        sequences = queries_of(runs, batch.extend_prefix_lens_cpu, batch.req_pool_indices.tolist())
+        self._packed = PackedRows([(table[one.table_row], torch.from_numpy(one.positions)) for one in sequences])
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self._backend.packed = self._packed
+        try:
+            yield
+        finally:
+            self._backend.packed = None
+
+
+class TritonPacking:
+    """On SGLang's Triton backend.
 
     Args:
         runner: SGLang's ``ModelRunner``, against which :func:`refusal_of_packing` has nothing.
@@ -143,15 +177,23 @@ def refusal_of_packing(runner: Any) -> str:
     return next((reason for reason, found in unsupported.items() if found), "")
 
 
+def joined_over(runner: Any) -> int:
+    """So many tokens between two runs are computed rather than that there are two runs; 0 where runs cost nothing."""
+    return 0 if type(runner.attn_backend) is RkscCpuAttnBackend else GAP
+
+
 def packing_for(runner: Any, batch: Any, runs: Sequence[Run]) -> Packing | None:
     """The attention of a narrowed batch; None where the backend's own computes it, run by run."""
+    if type(runner.attn_backend) is RkscCpuAttnBackend:
+        several = len(runs) > len({run.place for run in runs})
+        return CpuPacking(runner, batch, runs) if several else None
     if not is_asked_for():
         return None
     if runner.model not in _refusals:
         _refusals[runner.model] = refusal_of_packing(runner) or _difference(runner)
         if _refusals[runner.model]:
             logger.warning("rksc: no packed attention: %s", _refusals[runner.model])
-    return None if _refusals[runner.model] else Packing(runner, batch, runs)
+    return None if _refusals[runner.model] else TritonPacking(runner, batch, runs)
 
 
 def _difference(runner: Any) -> str:
