@@ -98,6 +98,14 @@ FILLER = (
     "The weaver dyes her wool with walnut shells, and her hands stay brown until Christmas.",
     "A film was shot in the monastery last year, and the monks were paid with a new oven.",
 )
+WHEN = (  # longer materials have each line again, at other times
+    *("In a wet summer", "As the almanac tells it", "Long before the railway", "After the great fire", "Most winters"),
+    *("To nobody's surprise", "According to the miller", "In the year of the comet", "Since the bridge fell"),
+    *("On the far bank", "While the market was closed", "Under the last mayor", "By the light of a lamp"),
+)
+USUAL = 1000  # tokens of a material that has every line once, about
+LINE = 25  # tokens of one more line, about
+MOST_MATERIAL = USUAL + LINE * len(WHEN) * len(FILLER)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class _Fact:
         return self.line.split("{number}")[0]
 
 
-def branches_of(seed: int, template: Any, questions: int) -> list[list[Item]]:
+def branches_of(seed: int, template: Any, questions: int, material: int = USUAL) -> list[list[Item]]:
     """A set: for each of eight openings the prompts that ask for ``questions`` facts (1 to 4), one each.
 
     Branches of even index have the first branch's numbers and are asked the first branch's first question first. Those
@@ -139,10 +147,12 @@ def branches_of(seed: int, template: Any, questions: int) -> list[list[Item]]:
 
     Args:
         template: SGLang's ``ChatTemplate``.
+        material: its tokens, about; from :data:`USUAL` to :data:`MOST_MATERIAL`.
     """
     source = random.Random(seed)
+    filler = _filler(source, material)
     facts, numbers = _facts(source), source.sample(range(LEAST, MOST + 1), FACTS)
-    order = source.sample([*range(FACTS), *FILLER], FACTS + len(FILLER))
+    order = source.sample([*range(FACTS), *filler], FACTS + len(filler))
     asked_first = source.randrange(FACTS)
     result = []
     for index, opening in enumerate(OPENINGS):
@@ -156,6 +166,12 @@ def branches_of(seed: int, template: Any, questions: int) -> list[list[Item]]:
         asked = _asked(source, changed, asked_first, questions)
         result.append([_item(template, text, facts[one], own[one], numbers[one]) for one in asked])
     return result
+
+
+def _filler(source: random.Random, material: int) -> list[str]:
+    """Lines without numbers."""
+    more = [f"{when}, {line[0].lower()}{line[1:]}" for when in WHEN for line in FILLER]
+    return [*FILLER, *source.sample(more, (material - USUAL) // LINE)]
 
 
 def _facts(source: random.Random) -> list[_Fact]:

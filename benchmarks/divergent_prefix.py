@@ -1,9 +1,9 @@
 """Branches with other openings and the same material: no reuse, stock RadixAttention, blends and merges.
 
-Eight branches read the same thousand tokens, each after an opening of its own, so that no two prompts begin alike; in
-every second one some numbers are others (:mod:`benchmarks.divergent_items`). All arms run on one server with the same
-attention: without reuse each branch has a cache namespace of its own; stock is SGLang's tree as it is
-(``share="exact"``). Caches are flushed before every arm.
+Eight branches read the same thousand tokens (``--material`` for more), each after an opening of its own, so that no two
+prompts begin alike; in every second one some numbers are others (:mod:`benchmarks.divergent_items`). All arms run on
+one server with the same attention: without reuse each branch has a cache namespace of its own; stock is SGLang's tree
+as it is (``share="exact"``). Caches are flushed before every arm.
 
 Time: the first branch is prefilled, then the seven others in one request, with one question each; the order of the
 arms changes from set to set.
@@ -35,7 +35,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from benchmarks.divergent_items import OPENINGS, Item, branches_of
+from benchmarks.divergent_items import MOST_MATERIAL, OPENINGS, USUAL, Item, branches_of
 from rksc_sgl import Endpoint
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import DEFAULT_DEVIATION, DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, KEY
@@ -159,11 +159,11 @@ def _answer(response: dict[str, Any]) -> Answer:
     return Answer(logprobs, response["text"], tuple(response["output_ids"]), meta.get(KEY) or {})
 
 
-def time_sets(arms: Arms, sets: int, questions: int) -> dict[str, list[float]]:
+def time_sets(arms: Arms, sets: int, questions: int, material: int = USUAL) -> dict[str, list[float]]:
     """Seconds of the seven others by arm; the blends are those of the first options."""
     seconds: dict[str, list[float]] = {NONE: [], STOCK: [], next(iter(arms.blends)): [], AGAIN: []}
     for seed in tqdm(range(sets), desc="timed sets", file=sys.stderr):
-        branches = branches_of(seed, arms.endpoint.chat_template, questions)
+        branches = branches_of(seed, arms.endpoint.chat_template, questions, material)
         order = list(seconds)
         random.Random(seed).shuffle(order)
         for arm in order:
@@ -171,11 +171,11 @@ def time_sets(arms: Arms, sets: int, questions: int) -> dict[str, list[float]]:
     return seconds
 
 
-def ask_sets(arms: Arms, sets: int, controlled: int, questions: int, merges: bool) -> list[Row]:
+def ask_sets(arms: Arms, sets: int, controlled: int, questions: int, merges: bool, material: int = USUAL) -> list[Row]:
     """What every prompt got; stock and, where it is offered, merging only in the first ``controlled`` sets."""
     rows = []
     for seed in tqdm(range(sets), desc="quality sets", file=sys.stderr):
-        branches = branches_of(seed, arms.endpoint.chat_template, questions)
+        branches = branches_of(seed, arms.endpoint.chat_template, questions, material)
         exact = arms.exact(f"set {seed}", branches)
         names = [*arms.blends, *([STOCK, *([MERGE] if merges else [])] if seed < controlled else [])]
         found = {arm: arms.answered(arm, f"set {seed} {arm}", branches) for arm in names}
@@ -355,17 +355,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", type=int, default=2, help="sets that are timed; stock and merges answer in these")
     parser.add_argument("--quality-sets", type=int, default=5, help="sets whose answers are compared")
     parser.add_argument("--questions", type=int, default=3, choices=range(1, 5), help="facts asked of each branch")
+    parser.add_argument("--material", type=int, default=USUAL, help="tokens that all branches read, about")
     parser.add_argument("--recompute", type=float, nargs="+", default=[DEFAULT_RECOMPUTE], help="the first is timed")
     parser.add_argument("--deviation", type=float, default=DEFAULT_DEVIATION)
     parser.add_argument("--minimum-span", type=int, default=DEFAULT_MINIMUM_SPAN)
     options = parser.parse_args(arguments)
+    if not USUAL <= options.material <= MOST_MATERIAL:
+        parser.error(f"--material: must be {USUAL} to {MOST_MATERIAL}, got {options.material}")
     blends = blends_of(options)
     with ServerProcess(server_arguments(["--model-path", options.model])) as server:
         info = server.get_json("/rksc/info")
         arms = Arms(Endpoint(server.url), blends)
-        seconds = time_sets(arms, options.sets, options.questions)
+        seconds = time_sets(arms, options.sets, options.questions, options.material)
         merges = MERGE in info["share_modes"]
-        rows = ask_sets(arms, options.quality_sets, options.sets, options.questions, merges)
+        rows = ask_sets(arms, options.quality_sets, options.sets, options.questions, merges, options.material)
     result = summary(seconds, rows, list(blends), info["schedulers"][0]["exit"]["layers"])
     show(result)
     print(json.dumps(result))

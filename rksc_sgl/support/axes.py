@@ -420,7 +420,7 @@ _TOKENIZER = Axis(
             _any,
             (
                 STOCK,
-                wrong("a blend must know which tokens are numbers: start without --skip-tokenizer-init"),
+                NOT_RUN,
                 wrong("a merge must know what prompts say: start without --skip-tokenizer-init"),
                 STOCK,
                 STOCK,

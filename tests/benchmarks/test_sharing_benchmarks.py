@@ -54,6 +54,12 @@ def test_the_material_is_about_a_thousand_tokens_of_facts_that_are_not_alike() -
     for seed in range(3):
         words = len(_material(branches_of(seed, TEMPLATE, 1)[0][0]).split())
         assert 750 <= words <= 900  # of 1.2 tokens
+    for material in (2000, 4000, 12000):
+        words = len(_material(branches_of(1, TEMPLATE, 1, material)[0][0]).split())
+        assert 0.75 * material <= words <= 0.9 * material
+        assert [len(set(re.findall(r"\d+", items[0].prompt))) for items in branches_of(1, TEMPLATE, 1, material)] == [
+            FACTS
+        ] * 8
     lines = [line for line, _ in (*divergent_items.LINES_ON_PEOPLE, *divergent_items.LINES_ON_PLACES)]
     assert len({line.replace("{name}", "").split("{number}")[0] for line in lines}) == len(lines)
     assert not re.search(r"\d", " ".join((*divergent_items.FILLER, *OPENINGS)))

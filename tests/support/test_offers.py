@@ -44,7 +44,7 @@ REFUSED: list[tuple[dict[str, Any], set[str], str]] = [
     ({"disaggregation": "decode"}, SHARED, "on a decode server"),
     ({"kv_sharding": True}, SHARED, "--enable-kv-cache-sharding"),
     ({"tiers": "hicache"}, SHARED, "does not lock its donor against the hierarchical cache: start without"),
-    ({"tokenizer": False}, SHARED, "--skip-tokenizer-init"),
+    ({"tokenizer": False}, {"merge"}, "--skip-tokenizer-init"),
 ]
 
 
