@@ -1,19 +1,20 @@
 """Sets of branches that begin otherwise, read the same material and are asked for facts of it.
 
 A set has one material of about a thousand tokens: twelve facts, each a sentence of its own pattern about a name of its
-own, among sentences without numbers. Every second branch has some other numbers. A prompt ends with the words of the
-fact's own sentence up to its number, so that the next tokens are the answer.
+own, among sentences of other things. Facts are numbers, names, negations, units and dates; every second branch has some
+others. A prompt ends with the words of the fact's own sentence up to what it says, so that the next tokens are the
+answer.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from programs.asking import opened
 
-FACTS = 12  # of a set
 CHANGED = 4  # facts of every second branch that are others than the first branch's
 LEAST, MOST = 100, 999  # of the numbers
 
@@ -36,25 +37,106 @@ PLACES = (
     *("Ardmore", "Belcroft", "Kestrel Bay", "Wolverdale", "Saint Imelda", "Dunmarrow", "Pinehollow", "Grizedale"),
     *("Larkspur", "Ottersby", "Marazion", "Velmont", "Quarrington", "Thistlewick", "Brackenford", "Osmundsey"),
 )
+NUMBER, NAME, NEGATION, UNIT, DATE = KINDS = ("number", "name", "negation", "unit", "date")
+HOW_MANY = {NUMBER: 4, NAME: 2, NEGATION: 2, UNIT: 2, DATE: 2}  # facts of a set
+FACTS = sum(HOW_MANY.values())
+NAMES = ("Halloran", "Brindle", "Castellane", "Dunmore", "Eversley", "Farrow", "Gadsby", "Hathersage")
+COINS, LENGTHS = ("crowns", "dollars", "guilders", "shillings"), ("feet", "yards", "metres", "cubits")
+MONTHS = ("January", "February", "March", "April", "June", "July", "August", "September", "October", "November")
+
+
+@dataclass(frozen=True)
+class Line:
+    """The sentence of a fact.
+
+    Attributes:
+        kind: of what it says.
+        text: with a place for the name that it is about, and one for what it says of it.
+        question: that it answers.
+        values: what it may say; empty for a number.
+    """
+
+    kind: str
+    text: str
+    question: str
+    values: tuple[str, ...] = ()
+
+
 LINES_ON_PEOPLE = (
-    ("{name} keeps her tools in locker {number} behind the boiler.", "In which locker does {name} keep her tools?"),
-    ("The violin of {name} is insured under policy {number} with a bank.", "Which policy has the violin of {name}?"),
-    ("{name} planted {number} apple trees above the mill.", "How many apple trees did {name} plant?"),
-    ("The parcel for {name} weighed {number} grams when it was posted.", "How heavy was the parcel for {name}?"),
-    ("{name} sailed around the cape in {number} hours without a stop.", "In how many hours did {name} sail?"),
-    ("The thesis of {name} has {number} pages and no pictures.", "How many pages has the thesis of {name}?"),
-    ("{name} sold {number} jars of honey at the autumn fair.", "How many jars of honey did {name} sell?"),
-    ("The telephone extension of {name} is {number} since the move.", "What is the extension of {name}?"),
+    Line(
+        NUMBER,
+        "{name} keeps her tools in locker {value} behind the boiler.",
+        "In which locker does {name} keep her tools?",
+    ),
+    Line(
+        NUMBER,
+        "The violin of {name} is insured under policy {value} with a bank.",
+        "Which policy has the violin of {name}?",
+    ),
+    Line(NUMBER, "{name} planted {value} apple trees above the mill.", "How many apple trees did {name} plant?"),
+    Line(
+        NUMBER,
+        "The parcel for {name} weighed {value} grams when it was posted.",
+        "How heavy was the parcel for {name}?",
+    ),
+    Line(
+        NUMBER, "{name} sailed around the cape in {value} hours without a stop.", "In how many hours did {name} sail?"
+    ),
+    Line(NUMBER, "The thesis of {name} has {value} pages and no pictures.", "How many pages has the thesis of {name}?"),
+    Line(NUMBER, "{name} sold {value} jars of honey at the autumn fair.", "How many jars of honey did {name} sell?"),
+    Line(NUMBER, "The telephone extension of {name} is {value} since the move.", "What is the extension of {name}?"),
+    Line(NAME, "The lute of {name} was built by {value} in a cellar.", "Who built the lute of {name}?", NAMES),
+    Line(NAME, "{name} learned to swim from {value} as a child.", "From whom did {name} learn to swim?", NAMES),
+    Line(NEGATION, "{name} {value} meat on a Friday.", "Does {name} eat meat on a Friday?", ("eats", "never eats")),
+    Line(NEGATION, "{name} {value} to lend books to strangers.", "Does {name} lend books?", ("agreed", "refused")),
+    Line(UNIT, "{name} bought a boat for forty {value} and a lamp.", "For what did {name} buy a boat?", COINS),
+    Line(DATE, "{name} was married in {value} in the garden.", "In which month was {name} married?", MONTHS),
 )
 LINES_ON_PLACES = (
-    ("The lighthouse at {name} stands {number} feet above the water.", "How high stands the lighthouse at {name}?"),
-    ("The school in {name} has {number} pupils this year.", "How many pupils has the school in {name}?"),
-    ("The road to {name} climbs {number} metres through the forest.", "How far climbs the road to {name}?"),
-    ("The library of {name} lends {number} books in a usual week.", "How many books lends the library of {name}?"),
-    ("The bell of {name} was cast from {number} pounds of bronze.", "From how much bronze is the bell of {name}?"),
-    ("The bus to {name} shows the number {number} on its front.", "Which number shows the bus to {name}?"),
-    ("The theatre in {name} seats {number} people on two floors.", "How many people seats the theatre in {name}?"),
-    ("The bridge at {name} rests on {number} wooden piles.", "On how many piles rests the bridge at {name}?"),
+    Line(
+        NUMBER,
+        "The lighthouse at {name} stands {value} feet above the water.",
+        "How high stands the lighthouse at {name}?",
+    ),
+    Line(NUMBER, "The school in {name} has {value} pupils this year.", "How many pupils has the school in {name}?"),
+    Line(NUMBER, "The road to {name} climbs {value} metres through the forest.", "How far climbs the road to {name}?"),
+    Line(
+        NUMBER,
+        "The library of {name} lends {value} books in a usual week.",
+        "How many books lends the library of {name}?",
+    ),
+    Line(
+        NUMBER,
+        "The bell of {name} was cast from {value} pounds of bronze.",
+        "From how much bronze is the bell of {name}?",
+    ),
+    Line(NUMBER, "The bus to {name} shows the number {value} on its front.", "Which number shows the bus to {name}?"),
+    Line(
+        NUMBER,
+        "The theatre in {name} seats {value} people on two floors.",
+        "How many people seats the theatre in {name}?",
+    ),
+    Line(
+        NUMBER, "The bridge at {name} rests on {value} wooden piles.", "On how many piles rests the bridge at {name}?"
+    ),
+    Line(
+        NAME, "The chapel of {name} is called after {value} since the war.", "After whom is the chapel called?", NAMES
+    ),
+    Line(NAME, "The ferry at {name} belongs to {value} and his sons.", "To whom belongs the ferry at {name}?", NAMES),
+    Line(
+        NEGATION,
+        "The gate of {name} {value} after sunset.",
+        "Is the gate of {name} locked?",
+        ("is locked", "is not locked"),
+    ),
+    Line(
+        NEGATION,
+        "The well of {name} {value} in autumn.",
+        "Does the well of {name} run dry?",
+        ("runs dry", "never runs dry"),
+    ),
+    Line(UNIT, "The anchor at {name} is nine {value} long and rusty.", "How long is the anchor at {name}?", LENGTHS),
+    Line(DATE, "The fair of {name} opens in {value} every year.", "When opens the fair of {name}?", MONTHS),
 )
 FILLER = (
     "Rain fell for most of the week, and the lower meadows were too wet for the sheep to graze on.",
@@ -110,40 +192,48 @@ MOST_MATERIAL = USUAL + LINE * len(WHEN) * len(FILLER)
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and the number that answers it.
+    """One prompt and what answers it.
 
     Attributes:
-        prompt: complete, up to the number.
-        answer: the number.
-        donors: the number of the same fact in the set's first branch.
+        prompt: complete, up to the answer.
+        kind: of the fact.
+        answer: what the branch's material says.
+        donors: what the same fact says in the set's first branch.
     """
 
     prompt: str
+    kind: str
     answer: str
     donors: str
 
     @property
     def changed(self) -> bool:
-        """Whether the first branch has another number."""
+        """Whether the first branch says otherwise."""
         return self.answer != self.donors
 
 
 @dataclass(frozen=True)
 class _Fact:
-    line: str  # with a place for the number
-    question: str
+    line: Line  # about somebody
 
     @property
     def start(self) -> str:
-        """The line up to its number."""
-        return self.line.split("{number}")[0]
+        """The line up to what it says; a number stands after a space, a word brings its own."""
+        start = self.line.text.split("{value}")[0]
+        return start if self.line.kind == NUMBER else start.rstrip()
+
+    def other(self, source: random.Random, than: str, numbers: Collection[str]) -> str:
+        """Something else that it might say, and none of the numbers."""
+        if self.line.values:
+            return source.choice([value for value in self.line.values if value != than])
+        return source.choice([str(one) for one in range(LEAST, MOST + 1) if str(one) not in numbers])
 
 
 def branches_of(seed: int, template: Any, questions: int, material: int = USUAL) -> list[list[Item]]:
     """A set: for each of eight openings the prompts that ask for ``questions`` facts (1 to 4), one each.
 
-    Branches of even index have the first branch's numbers and are asked the first branch's first question first. Those
-    of odd index have :data:`CHANGED` other numbers; questions for those, the first included, take turns with others.
+    Branches of even index have the first branch's facts and are asked the first branch's first question first. In those
+    of odd index :data:`CHANGED` facts are others; questions for those, the first included, take turns with others.
 
     Args:
         template: SGLang's ``ChatTemplate``.
@@ -151,36 +241,43 @@ def branches_of(seed: int, template: Any, questions: int, material: int = USUAL)
     """
     source = random.Random(seed)
     filler = _filler(source, material)
-    facts, numbers = _facts(source), source.sample(range(LEAST, MOST + 1), FACTS)
+    facts = _facts(source)
+    numbers = iter(source.sample(range(LEAST, MOST + 1), FACTS))
+    said = [source.choice(fact.line.values) if fact.line.values else str(next(numbers)) for fact in facts]
     order = source.sample([*range(FACTS), *filler], FACTS + len(filler))
     asked_first = source.randrange(FACTS)
     result = []
     for index, opening in enumerate(OPENINGS):
-        own = list(numbers)
+        own = list(said)
         changed = source.sample(range(FACTS), CHANGED) if index % 2 else []
-        others = [number for number in range(LEAST, MOST + 1) if number not in numbers]
-        for fact, number in zip(changed, source.sample(others, len(changed)), strict=True):
-            own[fact] = number
-        lines = [facts[one].line.format(number=own[one]) if isinstance(one, int) else one for one in order]
+        for fact in changed:
+            own[fact] = facts[fact].other(source, said[fact], {*said, *own})
+        lines = [facts[one].line.text.format(value=own[one]) if isinstance(one, int) else one for one in order]
         text = f"{opening}\n\n{' '.join(lines)}\n\n"
         asked = _asked(source, changed, asked_first, questions)
-        result.append([_item(template, text, facts[one], own[one], numbers[one]) for one in asked])
+        result.append([_item(template, text, facts[one], own[one], said[one]) for one in asked])
     return result
 
 
 def _filler(source: random.Random, material: int) -> list[str]:
-    """Lines without numbers."""
+    """Lines without facts."""
     more = [f"{when}, {line[0].lower()}{line[1:]}" for when in WHEN for line in FILLER]
     return [*FILLER, *source.sample(more, (material - USUAL) // LINE)]
 
 
 def _facts(source: random.Random) -> list[_Fact]:
-    pairs = [
-        *zip(LINES_ON_PEOPLE, source.sample(PEOPLE, len(LINES_ON_PEOPLE)), strict=True),
-        *zip(LINES_ON_PLACES, source.sample(PLACES, len(LINES_ON_PLACES)), strict=True),
-    ]
-    chosen = source.sample(pairs, FACTS)
-    return [_Fact(line.replace("{name}", name), asks.replace("{name}", name)) for (line, asks), name in chosen]
+    """Some lines of each kind, each about a name of its own."""
+    people, places = (iter(source.sample(names, len(names))) for names in (PEOPLE, PLACES))
+    chosen = []
+    for kind, count in HOW_MANY.items():
+        lines = [(one, names) for of, names in ((LINES_ON_PEOPLE, people), (LINES_ON_PLACES, places)) for one in of]
+        chosen += source.sample([pair for pair in lines if pair[0].kind == kind], count)
+    facts = []
+    for line, names in source.sample(chosen, len(chosen)):
+        name = next(names)
+        text, question = (part.replace("{name}", name) for part in (line.text, line.question))
+        facts.append(_Fact(replace(line, text=text, question=question)))
+    return facts
 
 
 def _asked(source: random.Random, changed: list[int], first: int, questions: int) -> list[int]:
@@ -192,6 +289,6 @@ def _asked(source: random.Random, changed: list[int], first: int, questions: int
     return [fact for pair in by_turns for fact in pair][:questions]
 
 
-def _item(template: Any, text: str, fact: _Fact, own: int, first: int) -> Item:
-    messages = [{"role": "user", "content": text + fact.question}]
-    return Item(opened(template, messages) + fact.start, str(own), str(first))
+def _item(template: Any, text: str, fact: _Fact, own: str, first: str) -> Item:
+    messages = [{"role": "user", "content": text + fact.line.question}]
+    return Item(opened(template, messages) + fact.start, fact.line.kind, own, first)

@@ -1,7 +1,7 @@
 """Branches with other openings and the same material: no reuse, stock RadixAttention, blends and merges.
 
 Eight branches read the same thousand tokens (``--material`` for more), each after an opening of its own, so that no two
-prompts begin alike; in every second one some numbers are others (:mod:`benchmarks.divergent_items`). All arms run on
+prompts begin alike; in every second one some facts are others (:mod:`benchmarks.divergent_items`). All arms run on
 one server with the same attention: without reuse each branch has a cache namespace of its own; stock is SGLang's tree
 as it is (``share="exact"``). Caches are flushed before every arm.
 
@@ -9,10 +9,11 @@ Time: the first branch is prefilled, then the seven others in one request, with 
 arms changes from set to set.
 
 Quality: each branch is asked for several facts by prompts that begin alike. The exact run is without reuse, branch by
-branch. The KL is of the next token's distribution, a digit of the answer, to the exact run's; its noise is stock with
+branch. The KL is of the next token's distribution, the answer's first, to the exact run's; its noise is stock with
 branches in one batch. The control is the exact run of *another* branch: what an answer to another prompt would look
 like. Recall is over the facts that the exact run answers rightly, so ``fact_recall_exact`` says what batching alone
-does. ``donor_answers`` counts the answers that are the first branch's number where the branch itself has another.
+does. ``donor_answers`` counts the answers that are what the first branch says where the branch itself says otherwise.
+``found_by_kind`` counts facts of numbers, names, negations, units and dates.
 Stock and merges run in the sets that are timed.
 """
 
@@ -35,7 +36,7 @@ from rich.table import Table
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from benchmarks.divergent_items import MOST_MATERIAL, OPENINGS, USUAL, Item, branches_of
+from benchmarks.divergent_items import KINDS, MOST_MATERIAL, OPENINGS, USUAL, Item, branches_of
 from rksc_sgl import Endpoint
 from rksc_sgl.model_fetch import DEFAULT_MODEL
 from rksc_sgl.options import DEFAULT_DEVIATION, DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, KEY
@@ -66,11 +67,9 @@ class Answer:
     tokens: tuple[int, ...]
     report: Mapping[str, Any]
 
-    @property
-    def number(self) -> str:
-        """The number that it begins with; empty where it begins otherwise."""
-        found = re.match(r"\s*(\d+)", self.text)
-        return found[1] if found else ""
+    def says(self, value: str) -> bool:
+        """Whether it begins with this value, and with no longer word or number."""
+        return re.match(rf"\s*{re.escape(value)}(?!\w)", self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,15 @@ class Row:
     @property
     def known(self) -> bool:
         """Whether the exact run answers rightly."""
-        return self.exact.number == self.item.answer
+        return self.exact.says(self.item.answer)
+
+    def finds(self, arm: str) -> bool:
+        """Whether an arm answers rightly."""
+        return self.arms[arm].says(self.item.answer)
+
+    def tells_donors(self, answer: Answer) -> bool:
+        """Whether it answers with what the first branch says, where the branch itself says otherwise."""
+        return self.item.changed and answer.says(self.item.donors)
 
 
 class Arms:
@@ -197,7 +204,7 @@ def compute_fraction(report: Mapping[str, Any], layers: int) -> float:
 
 def found_by(rows: Sequence[Row], arm: str) -> list[bool]:
     """Of the facts known to the exact run that an arm was asked for, whether it finds each."""
-    return [row.arms[arm].number == row.item.answer for row in rows if row.known and arm in row.arms]
+    return [row.finds(arm) for row in rows if row.known and arm in row.arms]
 
 
 def recall(rows: Sequence[Row], arm: str) -> float | None:
@@ -214,9 +221,21 @@ def loss_interval(rows: Sequence[Row], arm: str) -> list[float] | None:
     return [round(float(interval.low), 5), round(float(interval.high), 5)]
 
 
+def by_kind(rows: Sequence[Row], arm: str, kind: str) -> dict[str, int]:
+    """Of the facts of a kind: how many the exact run finds, and how many of these the arm finds; changed ones apart."""
+    known = [row for row in rows if row.known and row.item.kind == kind and arm in row.arms]
+    changed = [row for row in known if row.item.changed]
+    return {
+        "known": len(known),
+        "found": sum(row.finds(arm) for row in known),
+        "known_changed": len(changed),
+        "found_changed": sum(row.finds(arm) for row in changed),
+    }
+
+
 def donor_answers(rows: Sequence[Row], arm: str) -> int:
-    """Answers that are the donor's number, where the branch has another."""
-    return sum(row.item.changed and row.arms[arm].number == row.item.donors for row in rows if arm in row.arms)
+    """Answers that are what the donor says, where the branch says otherwise."""
+    return sum(row.tells_donors(row.arms[arm]) for row in rows if arm in row.arms)
 
 
 def parting(exact: Answer, other: Answer) -> tuple[int, float] | None:
@@ -245,13 +264,14 @@ def quality(rows: Sequence[Row], arm: str, layers: int) -> dict[str, Any]:
         "kl_median": _rounded(_quantile(divergences, 0.5), 6),
         "kl_p95": _rounded(_quantile(divergences, 0.95), 6),
         "greedy_agree": _mean([one is None for one in partings]),
-        "parted_in_number": sum(row.exact.number != row.arms[arm].number for row in rows),
+        "parted_in_fact": sum(row.known != row.finds(arm) for row in rows),
         "parted_by_nats": _rounded(_quantile([nats for _, nats in within], 0.5), 3),
         "fact_recall_blend": recall(rows, arm),
         "fact_loss_interval_blend": loss_interval(rows, arm),
         "fact_recall_blend_changed": recall(changed, arm),
         "fact_recall_blend_unchanged": recall(unchanged, arm),
         "donor_answers": donor_answers(rows, arm),
+        "found_by_kind": {kind: by_kind(rows, arm, kind) for kind in KINDS},
     }
 
 
@@ -274,7 +294,7 @@ def summary(
         "facts_known_changed": sum(row.known for row in changed),
         "facts_known_unchanged": sum(row.known for row in unchanged),
         "fact_recall_exact": recall(rows, STOCK),
-        "donor_answers_exact": sum(row.exact.number == row.item.donors for row in changed),
+        "donor_answers_exact": sum(row.tells_donors(row.exact) for row in changed),
         **_merged(rows),
     }
     if len(blends) > 1:

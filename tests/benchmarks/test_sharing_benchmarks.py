@@ -8,7 +8,7 @@ import pytest
 from sglang.lang.chat_template import get_chat_template
 
 from benchmarks import divergent_items, divergent_prefix, overhead, timed_server
-from benchmarks.divergent_items import CHANGED, FACTS, OPENINGS, Item, branches_of
+from benchmarks.divergent_items import CHANGED, FACTS, HOW_MANY, OPENINGS, Item, branches_of
 from benchmarks.divergent_prefix import AGAIN, MERGE, NONE, STOCK, Answer, Row, compute_fraction, parting
 from rksc_sgl.sglang_plugin.wiring.registry import Hook
 
@@ -19,29 +19,43 @@ SECONDS = {NONE: [9.0], STOCK: [8.0], "blend 0.05": [2.0], AGAIN: [8.8]}
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_branches_of_a_set_have_different_openings_and_every_second_one_different_numbers(seed: int) -> None:
+def test_branches_of_a_set_have_different_openings_and_every_second_one_different_facts(seed: int) -> None:
     branches = branches_of(seed, TEMPLATE, 3)
     assert len(branches) == len(OPENINGS) == len({items[0].prompt.split("\n\n")[0] for items in branches})
-    materials = [_material(items[0]) for items in branches]
+    materials = [_material(items[0]).split(". ") for items in branches]
     for index, material in enumerate(materials):
-        numbers, first = re.findall(r"\d+", material), re.findall(r"\d+", materials[0])
-        differing = [(own, other) for own, other in zip(numbers, first, strict=True) if own != other]
-        assert len(set(numbers)) == FACTS and len(differing) == (CHANGED if index % 2 else 0)
-        assert not {own for own, _ in differing} & set(first), "a changed number is none of the donor's"
-        assert re.sub(r"\d+", "", material) == re.sub(r"\d+", "", materials[0])
+        differing = [(own, other) for own, other in zip(material, materials[0], strict=True) if own != other]
+        assert len(differing) == (CHANGED if index % 2 else 0)
+        for own, other in differing:
+            numbers = set(re.findall(r"\d+", own))
+            assert not numbers & set(re.findall(r"\d+", " ".join(materials[0]))), (
+                "a changed number is none of the donor's"
+            )
+            assert own.split()[:2] == other.split()[:2]
     assert branches_of(seed, TEMPLATE, 3) == branches != branches_of(seed + 1, TEMPLATE, 3)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_prompt_ends_with_the_words_before_the_number_that_answers_it(seed: int) -> None:
+def test_each_prompt_ends_with_the_words_before_what_answers_it(seed: int) -> None:
+    first = _material(branches_of(seed, TEMPLATE, 4)[0][0])
     for index, items in enumerate(branches_of(seed, TEMPLATE, 4)):
         assert len({item.prompt for item in items}) == 4
         assert [item.changed for item in items] == ([True, False, True, False] if index % 2 else [False] * 4)
         for item in items:
             start = item.prompt.rsplit("\n", 1)[1]
+            between = "" if item.kind == "number" else " "
+            assert start.endswith(" ") is (item.kind == "number"), "a word brings its space along"
             assert _material(item).count(start) == 1
-            assert f"{start}{item.answer} " in _material(item)
-            assert f"{start}{item.donors} " in _material(branches_of(seed, TEMPLATE, 4)[0][0])
+            assert f"{start}{between}{item.answer} " in _material(item)
+            assert f"{start}{between}{item.donors} " in first
+
+
+def test_every_kind_of_fact_is_asked_for_also_where_it_changed() -> None:
+    items = [item for seed in range(12) for branch in branches_of(seed, TEMPLATE, 4) for item in branch]
+    for kind, count in HOW_MANY.items():
+        of_kind = [item for item in items if item.kind == kind]
+        assert len(of_kind) > 0.6 * len(items) * count / FACTS
+        assert any(item.changed for item in of_kind) and not all(item.changed for item in of_kind)
 
 
 def test_branches_with_the_same_numbers_are_asked_the_same_first() -> None:
@@ -57,11 +71,9 @@ def test_the_material_is_about_a_thousand_tokens_of_facts_that_are_not_alike() -
     for material in (2000, 4000, 12000):
         words = len(_material(branches_of(1, TEMPLATE, 1, material)[0][0]).split())
         assert 0.75 * material <= words <= 0.9 * material
-        assert [len(set(re.findall(r"\d+", items[0].prompt))) for items in branches_of(1, TEMPLATE, 1, material)] == [
-            FACTS
-        ] * 8
-    lines = [line for line, _ in (*divergent_items.LINES_ON_PEOPLE, *divergent_items.LINES_ON_PLACES)]
-    assert len({line.replace("{name}", "").split("{number}")[0] for line in lines}) == len(lines)
+        assert all(len(items) == 1 for items in branches_of(1, TEMPLATE, 1, material))
+    lines = [line.text for line in (*divergent_items.LINES_ON_PEOPLE, *divergent_items.LINES_ON_PLACES)]
+    assert len({line.split("{value}")[1] for line in lines}) == len(lines)
     assert not re.search(r"\d", " ".join((*divergent_items.FILLER, *OPENINGS)))
 
 
@@ -81,7 +93,7 @@ def test_ratios_and_recall_come_from_what_was_measured() -> None:
     assert (result["facts_asked"], result["facts_known"], result["fact_recall_blend"]) == (3, 2, 0.5)
     assert (result["facts_known_changed"], result["fact_recall_blend_changed"]) == (1, 0.0)
     assert (result["facts_known_unchanged"], result["fact_recall_blend_unchanged"]) == (1, 1.0)
-    assert (result["donor_answers"], result["donor_answers_exact"], result["parted_in_number"]) == (1, 0, 2)
+    assert (result["donor_answers"], result["donor_answers_exact"], result["parted_in_fact"]) == (1, 0, 1)
     assert (result["branches"], result["blended"]) == (2, 1)
     assert "by_options" not in result
 
@@ -160,4 +172,4 @@ def _row(
     answer: str, donors: str, *, exact: str, blend: str = "123", first: bool = True, report=None, others=None
 ) -> Row:
     arms = {"blend 0.05": _answer(blend, report), **(others or {})}
-    return Row(Item("", answer, donors), first, _answer(exact), _answer(exact), arms)
+    return Row(Item("", "number", answer, donors), first, _answer(exact), _answer(exact), arms)
