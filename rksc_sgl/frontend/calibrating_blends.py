@@ -138,6 +138,12 @@ def forks_from_jsonl(path: Path) -> list[BlendFork]:
     found = [_fork_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise OptionError(f"jsonl: {path} has no forks")
+    known = sum(fork.answer is not None for fork in found)
+    if 0 < known < len(found):
+        raise OptionError(
+            f"jsonl: {path}: answer: {known} of {len(found)} forks have one; a certificate is of forks that all have "
+            "one, or of forks that have none"
+        )
     return found
 
 

@@ -39,8 +39,12 @@ GOOD = {"branches": ["one", "two"], "answer": "1"}
 
 
 def test_forks_come_from_a_file_of_ones_own(tmp_path: Path) -> None:
-    path = written(tmp_path / "forks.jsonl", GOOD, "", {"branches": ["a", "b", "c"]})
-    assert forks_from_jsonl(Path(path)) == [BlendFork(("one", "two"), "1"), BlendFork(("a", "b", "c"))]
+    path = written(tmp_path / "forks.jsonl", GOOD, "", {"branches": ["a", "b", "c"], "answer": "2"})
+    assert forks_from_jsonl(Path(path)) == [BlendFork(("one", "two"), "1"), BlendFork(("a", "b", "c"), "2")]
+    unknown = written(tmp_path / "unknown.jsonl", {"branches": ["a", "b"]}, {"branches": ["c", "d"], "answer": None})
+    assert forks_from_jsonl(Path(unknown)) == [BlendFork(("a", "b")), BlendFork(("c", "d"))]
+    with pytest.raises(OptionError, match="1 of 2 forks have one"):
+        forks_from_jsonl(Path(written(tmp_path / "mixed.jsonl", GOOD, {"branches": ["a", "b"]})))
     for wrong, said in (
         ("{", "line 1: must be"),
         ([], "line 1: must be"),
