@@ -24,6 +24,8 @@ The rules, each at several shares of what could be taken over:
 * last: the last tokens of the prompt;
 * attended: the tokens that the end of the prompt attends to most in the probe (as ProphetKV selects);
 * attended x deviation: the product of both, which is what a server does;
+* spread x deviation: the same with the attention of tokens from all of the prompt, which is what a server does in a
+  chunk of a prompt that is not its last;
 * oracle: the product of attention and of the deviation in all layers, which only the exact run knows.
 """
 
@@ -121,6 +123,7 @@ SCORES: dict[str, Score] = {
     "last": lambda known: torch.arange(known.count).float(),
     "attended": lambda known: known.probed.attended,
     "attended x deviation": lambda known: known.probed.attended * known.probed.deviation,
+    "spread x deviation": lambda known: known.probed.spread * known.probed.deviation,
     "oracle": lambda known: known.probed.attended * known.moved,
 }
 NOTHING, NUMBERS = "nothing", "numbers"

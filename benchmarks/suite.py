@@ -55,6 +55,7 @@ BENCHMARKS = (
     Benchmark("load", "SGLang's own load generator, beside stock: ours, and opted in", quick=("--quick",)),
     Benchmark("siblings_together", "from how many common tokens on waiting pays", ("--repeats", "3")),
     Benchmark("divergent_prefix", "blends: prefill, and what they change", ("--quality-sets", "20")),
+    Benchmark("blend_rules", "what of a blend has to be computed: computed tokens against what they lose"),
     Benchmark(
         "sibling_stop",
         "what stopping saves, replayed on recorded forks",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rksc_sgl.blending.attended import QUERIES, attention_received
+from rksc_sgl.blending.attended import asking, attention_received
 from rksc_sgl.blending.plan import after_breaks, to_compute
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -38,11 +38,13 @@ class Probed:
         source: int64 ``[n]``, the donor position of each token, -1 where there is none.
         deviation: ``[n]``, how far values are from the donor's, relative to these.
         attended: ``[n]``, how much the last tokens attend to each.
+        spread: ``[n]``, how much tokens from all of the prompt do, as in a chunk that is not the last.
     """
 
     source: torch.Tensor
     deviation: torch.Tensor
     attended: torch.Tensor
+    spread: torch.Tensor
 
 
 Choice = Callable[[Probed], torch.Tensor]  # bool [n], tokens that are computed in all layers
@@ -102,13 +104,14 @@ class EagerLlama:
         rows, kv = torch.arange(total), []
         for layer in self.inner.layers[:probe]:
             kv.append(self._kv(layer, hidden))
-            attended = self._attended(layer, hidden[:prompt], kv[-1][0][:prompt])
+            probed = (layer, hidden[:prompt], kv[-1][0][:prompt])
+            attended, spread = (self._attended(*probed, complete=complete) for complete in (True, False))
             hidden = self._layer(layer, hidden, rows, kv[-1])
         there = source.clamp(min=0)
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1][:prompt].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
         mask = torch.ones(total, dtype=torch.bool)
-        mask[:prompt] = choose(Probed(source, deviation, attended))
+        mask[:prompt] = choose(Probed(source, deviation, attended, spread))
         hidden, rows = hidden[mask], rows[mask]
         for index, layer in enumerate(self.inner.layers[probe:], start=probe):
             keys, values = (part.new_zeros(total, *part.shape[1:]) for part in donor.kv[index])
@@ -123,12 +126,12 @@ class EagerLlama:
         size = attention.head_dim
         return attention.k_proj(normed).unflatten(-1, (-1, size)), attention.v_proj(normed).unflatten(-1, (-1, size))
 
-    def _attended(self, layer: Any, hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """How much the last tokens attend to each token."""
+    def _attended(self, layer: Any, hidden: torch.Tensor, keys: torch.Tensor, *, complete: bool) -> torch.Tensor:
+        """How much those that ask attend to each token."""
         attention, positions = layer.self_attn, torch.arange(len(hidden))
-        last = positions[-QUERIES:]
-        queries = attention.q_proj(layer.input_layernorm(hidden[last])).unflatten(-1, (-1, attention.head_dim))
-        turned = self._rotated(queries, last), self._rotated(keys, positions)
+        places = torch.from_numpy(asking(len(hidden), complete=complete))
+        queries = attention.q_proj(layer.input_layernorm(hidden[places])).unflatten(-1, (-1, attention.head_dim))
+        turned = (self._rotated(queries, places), self._rotated(keys, positions), places)
         return attention_received(*turned, scaling=attention.scaling)
 
     def _layer(self, layer: Any, hidden: torch.Tensor, rows: torch.Tensor, kv: KV) -> torch.Tensor:

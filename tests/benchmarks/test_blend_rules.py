@@ -20,10 +20,10 @@ COUNT = len(SOURCE)
 
 def known() -> Known:
     generator = torch.Generator().manual_seed(3)
-    deviation, attended, moved = torch.rand(3, COUNT, generator=generator)
+    deviation, attended, spread, moved = torch.rand(4, COUNT, generator=generator)
     number = torch.zeros(COUNT, dtype=torch.bool)
     number[20] = True
-    return Known(Probed(SOURCE, deviation, attended), number, moved)
+    return Known(Probed(SOURCE, deviation, attended, spread), number, moved)
 
 
 def test_every_rule_computes_what_the_donor_has_not_and_what_follows_a_break() -> None:

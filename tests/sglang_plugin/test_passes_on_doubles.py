@@ -48,7 +48,7 @@ def job(place: int, every: int) -> BlendJob:
     options = RequestOptions(recompute=0.05)
     plan = BlendPlan(Donor("d", np.arange(TOKENS)), None, np.arange(TOKENS), always, options)
     slots = torch.arange(TOKENS) + (2 * place + 1) * TOKENS
-    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always, slots)
+    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always, slots, np.arange(8))
 
 
 def rows_of(jobs: list[BlendJob]) -> DonorRows:

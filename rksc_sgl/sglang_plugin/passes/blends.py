@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rksc_sgl.blending.attended import QUERIES
+from rksc_sgl.blending.attended import asking
 from rksc_sgl.blending.fewer_runs import fewer_runs
 from rksc_sgl.blending.plan import runs_of, to_compute
 from rksc_sgl.blending.take_over import DonorRows
@@ -54,6 +54,7 @@ class BlendJob:
         source: int64 ``[n]`` positions in the donor of its new tokens, -1 where the donor has none.
         always: bool ``[n]``, computed whatever they moved; of the whole prompt, so that chunks break nothing.
         slots: ``[m]`` of all its tokens until the end of the pass, the new ones last.
+        asking: int64 ``[w]``, those of its new tokens that say what they attend to.
     """
 
     place: int
@@ -62,11 +63,7 @@ class BlendJob:
     source: NDArray[np.int64]
     always: NDArray[np.bool_]
     slots: torch.Tensor
-
-    @property
-    def asking(self) -> int:
-        """How many of its last new tokens say what they attend to."""
-        return min(QUERIES, self.source.size)
+    asking: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +125,8 @@ class Blends:
         """Nothing: the last token of a branch is always computed, and its logits are its own."""
 
     def _attended(self, like: torch.Tensor) -> torch.Tensor:
-        """``[n]`` how much each row is attended to by the last of its sequence; all alike where that was not heard."""
-        found = self._heard.attention_received([(job.asking, job.slots) for job in self._jobs])
+        """``[n]`` how much those of its sequence that ask attend to each row; all alike where none was heard."""
+        found = self._heard.attention_received([(job.asking.size, job.slots) for job in self._jobs])
         if found is None:
             return torch.ones_like(like)
         parts = zip(self._jobs, found.split([job.slots.numel() for job in self._jobs]), strict=True)
@@ -148,7 +145,7 @@ class Blends:
 
 
 def _compare(job: BlendJob, deviation: torch.Tensor, attended: torch.Tensor) -> Compared:
-    """What has to be computed of a sequence, by how far its values are from the donor's and what its end attends to."""
+    """What has to be computed of a sequence, by how far its values are from the donor's and what it attends to."""
     options, candidate = job.plan.options, torch.from_numpy(job.source >= 0)
     always = torch.from_numpy(job.always)
     chosen = to_compute(candidate, deviation, attended, always, threshold=options.deviation, share=options.recompute)
@@ -212,11 +209,12 @@ def _job(batch: Batch, place: int, req: Any, plan: BlendPlan, resident: int) -> 
     always = np.zeros(length, dtype=np.bool_)
     always[: known.size] = plan.always[begin : begin + length]
     own = batch.schedule_batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : begin + length]
-    return BlendJob(place, req.rksc, plan, source, always, own)
+    complete = req.extend_end >= len(req.origin_input_ids)
+    return BlendJob(place, req.rksc, plan, source, always, own, asking(length, complete=complete))
 
 
 def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tensor]) -> tuple[DonorRows, HeardQueries]:
-    """The new tokens of all jobs beside their donors', whose slots these are, and the last of them to be heard."""
+    """The new tokens of all jobs beside their donors', whose slots these are, and those of them to be heard."""
     whole = batch.forward_batch
     starts = [0, *accumulate(whole.extend_seq_lens_cpu)]
     donors = [0, *accumulate(one.numel() for one in slots)]
@@ -225,13 +223,14 @@ def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tenso
     new = [whole.extend_prefix_lens_cpu[job.place] + np.arange(job.source.size) for job in jobs]
     old = [job.source.clip(0) for job in jobs]
     device = whole.out_cache_loc.device
-    last = [own[-job.asking :] for own, job in zip(here, jobs, strict=True)]
-    arrays = [np.concatenate(part) for part in (here, there, old, new, last)]
-    rows, sources, old_places, new_places, asking = to_device(arrays, device)
+    ask = [own[job.asking] for own, job in zip(here, jobs, strict=True)]
+    places = [own[job.asking] for own, job in zip(new, jobs, strict=True)]
+    arrays = [np.concatenate(part) for part in (here, there, old, new, ask, places)]
+    rows, sources, old_places, new_places, *heard = to_device(arrays, device)
     theirs = torch.cat([one.to(device, torch.int64) for one in slots])[sources]
     highest = max(int(part.max()) for part in (*new, *old))
-    heard = HeardQueries(batch.runner, probe_layers(batch.runner) - 1, asking)
-    return DonorRows(whole.out_cache_loc[rows].to(torch.int64), theirs, old_places, new_places, highest), heard
+    beside = DonorRows(whole.out_cache_loc[rows].to(torch.int64), theirs, old_places, new_places, highest)
+    return beside, HeardQueries(batch.runner, probe_layers(batch.runner) - 1, *heard)
 
 
 def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: float, probe: int) -> None:

@@ -26,12 +26,13 @@ class HeardQueries:
         runner: SGLang's ``ModelRunner``.
         layer: from 0.
         rows: int64 ``[n]`` rows of the pass, on its device.
+        places: int64 ``[n]`` their places in their sequences, on its device.
     """
 
-    def __init__(self, runner: Any, layer: int, rows: torch.Tensor) -> None:
+    def __init__(self, runner: Any, layer: int, rows: torch.Tensor, places: torch.Tensor) -> None:
         self._attention = attention_modules(runner.model)[layer]
         self._keys = runner.token_to_kv_pool
-        self._layer, self._rows = layer, rows
+        self._layer, self._rows, self._places = layer, rows, places
         self._queries: torch.Tensor | None = None
 
     @contextmanager
@@ -48,7 +49,7 @@ class HeardQueries:
         """How much the rows of each sequence attend to all of its tokens, one after another.
 
         Args:
-            sequences: of each how many of the rows are its last tokens, and the slots ``[n]`` of all its tokens.
+            sequences: of each how many of the rows are its tokens, and the slots ``[n]`` of all its tokens.
 
         Returns:
             float32, as many as there are slots; None where nothing was heard, which is logged.
@@ -59,9 +60,13 @@ class HeardQueries:
         attention, keys = self._attention, self._keys.get_key_buffer(self._layer)
         scaling, cap = float(attention.scaling), float(attention.logit_cap or 0.0)
         window = -1 if attention.sliding_window_size is None else int(attention.sliding_window_size)
-        parts = zip(self._queries.split([count for count, _ in sequences]), sequences, strict=True)
+        counts = [count for count, _ in sequences]
+        parts = zip(self._queries.split(counts), self._places.split(counts), sequences, strict=True)
         return torch.cat(
-            [attention_received(own, keys[slots], scaling=scaling, window=window, cap=cap) for own, (_, slots) in parts]
+            [
+                attention_received(own, keys[slots], places, scaling=scaling, window=window, cap=cap)
+                for own, places, (_, slots) in parts
+            ]
         )
 
     def _hear(self, attention: Any, given: tuple[Any, ...]) -> None:
