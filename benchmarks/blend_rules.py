@@ -18,7 +18,7 @@ The rules, each at several shares of what could be taken over:
 
 * nothing: what the donor has not, and what follows a break (:func:`~rksc_sgl.blending.plan.after_breaks`); all others
   compute that too;
-* numbers: all numbers with the tokens beside them (what this project computed before; no share);
+* numbers: all numbers with the tokens beside them (the greater part of what this project computed before; no share);
 * deviation: the tokens whose values moved most in the probe (CacheBlend, arXiv 2405.16444);
 * first: the first tokens of every span that was moved (EPIC, arXiv 2410.15332);
 * last: the last tokens of the prompt;

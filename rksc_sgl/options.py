@@ -51,7 +51,8 @@ class RequestOptions:
             in the ``cache``.
         minimum_span: with blends: the shortest run of equal tokens that is taken over.
         recompute: with blends: the largest share of the tokens that could be taken over and are computed all the same,
-            because their state moved. Numbers and the few that follow a change always are, and count in it.
+            because their state moved and the prompt's end attends to them. The few that follow a change always are, and
+            count in it.
         deviation: with blends: how far a token's values must be from the donor's, relative to these, to have moved.
         confidence: whether ``meta_info["rksc_confidence"]`` has, for each generated token, the probability of the most
             likely one, as ``top_logprobs_num=1`` would say it; with op ``branch``.

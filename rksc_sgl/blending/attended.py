@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 QUERIES = 32  # tokens of a prompt whose attention counts
+MOST_SCORES = 1 << 24  # that are there at once: 64 MiB
 
 
 def asking(tokens: int, *, complete: bool) -> NDArray[np.int64]:
@@ -51,9 +52,13 @@ def attention_received(
         float32 ``[n]``, of sum 1.
     """
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))
-    scores = torch.einsum("wkgd,nkd->kgwn", grouped, keys.float()) * scaling
-    if cap > 0.0:
-        scores = cap * (scores / cap).tanh()
     before = places[:, None] - torch.arange(len(keys), device=keys.device)  # how far each stands before the query
     unseen = before < 0 if window < 0 else (before < 0) | (before > window)
-    return scores.masked_fill(unseen, float("-inf")).softmax(dim=-1).mean(dim=(0, 1, 2))
+    together = max(1, MOST_SCORES // (len(keys) * len(queries) * grouped.shape[2]))  # key heads
+    total = torch.zeros(len(keys), device=keys.device)
+    for some, own in zip(grouped.split(together, dim=1), keys.split(together, dim=1), strict=True):
+        scores = torch.einsum("wkgd,nkd->kgwn", some, own.float()) * scaling
+        if cap > 0.0:
+            scores = cap * (scores / cap).tanh()
+        total += scores.masked_fill(unseen, float("-inf")).softmax(dim=-1).sum(dim=(0, 1, 2))
+    return total / (queries.shape[0] * queries.shape[1])

@@ -60,7 +60,7 @@ def calibrate(
         list[float] | None,
         typer.Option(
             help="With --blends: share of the tokens that are computed all the same; several are tried. "
-            "Default: 0.3 and 0.05.",
+            "Default: 0.3 and 0.1.",
             show_default=False,
         ),
     ] = None,

@@ -170,7 +170,7 @@ class _Layer:
         qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
         turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
         given = (turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :])
-        for hook in self.attn._forward_pre_hooks.values():
+        for hook in self.attn._forward_pre_hooks.values():  # as a call of the module would, for those who only listen
             hook(self.attn, (*given, batch))
         out = backend.attend(*given, self.attn, batch)
         hidden.add_(through(self.output, out))

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rksc_sgl.answers import branch_answer, classes_of
-from rksc_sgl.calibration.blend_certificate import BlendCertificate, BlendSetting, ForkLoss, certified
+from rksc_sgl.calibration.blend_certificate import RULE, BlendCertificate, BlendSetting, ForkLoss, certified
 from rksc_sgl.calibration.fingerprint import Fingerprint
 from rksc_sgl.calibration.recorded_lines import Recordings
 from rksc_sgl.errors import OptionError, RkscError
@@ -82,6 +82,7 @@ class RunSettings:
     max_tokens: int
     question: str
     labels: list[str]
+    rule: int = 1  # that says what a blend computes; the first files did not name it
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def certify_on(
         plan.max_tokens,
         plan.question,
         list(plan.labels),
+        RULE,
     )
     file = Recordings(recordings, RunSettings, RecordedBlends.of_plain, "recorded blends")
     done = {one.index: one for one in file.resume(run)}

@@ -19,6 +19,7 @@ DONOR_GONE = "the KV of its donor is gone"
 DONORS_GONE = "the KV of its donors is gone"
 TOO_FEW = "too few tokens are left to compute"
 TOO_FEW_ALIGN = "too few tokens align for what is cached"
+TOO_FEW_TAKEN = "too few tokens would be taken over: recompute, and what follows a change, leave too little"
 AUTO_IS_EXACT = "share auto takes identical prefixes only"
 NOT_PROBED = "its batch could not be probed"
 NO_GROUP = "without a group there is no donor"
@@ -104,7 +105,7 @@ def _waits_until(branch: Branch, beside: Comparison, siblings: int, server: Serv
         else:
             report.decline(f"content guard: {beside.guard.reason}", donor=beside.donor.name)
     blends = options.blends and not (server.blend_refusal or branch.whole) and beside.common + LEAST_TOKENS <= tokens
-    taken = beside.taken(options.recompute) if blends else 0
+    taken = beside.taken(options) if blends else 0
     if blends and faster_blending(tokens, cached, taken, server.probe_share, server.pass_cost, siblings):
         gain = max(gain, taken)
     return beside.donor.tokens.size if worth_blending(tokens, cached, gain, 0.0) else 0
@@ -150,11 +151,13 @@ class _Beside:
         if refusal:
             _say_not_shared(branch, self.report, refusal, best)
             return None
-        sizes = (branch.ids.size, branch.exact, best.taken(branch.options.recompute), server.probe_share)
+        sizes = (branch.ids.size, branch.exact, best.taken(branch.options), server.probe_share)
         worth = worth_blending(*sizes)
         faster = faster_blending(*sizes, server.pass_cost, max(1, self.siblings))
         if not (worth and faster) and not branch.reads_blended:
-            _say_not_shared(branch, self.report, NOT_FASTER if worth else TOO_FEW_ALIGN, best)
+            could = worth_blending(branch.ids.size, branch.exact, best.alignment.aligned, server.probe_share)
+            reason = NOT_FASTER if worth else TOO_FEW_TAKEN if could else TOO_FEW_ALIGN
+            _say_not_shared(branch, self.report, reason, best)
             return None
         if not branch.options.merges:
             self.report.declined = None

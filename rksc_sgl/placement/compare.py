@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rksc_sgl.blending.plan import after_breaks
 from rksc_sgl.donors.forks import Donor
+from rksc_sgl.options import RequestOptions
 from rksc_sgl.similarity.alignment import Alignment, align
 from rksc_sgl.similarity.content_guard import ContentComparison, same_content
 
@@ -48,10 +49,13 @@ class Comparison:
         """``[n]`` tokens that a blend computes though the donor has them."""
         return after_breaks(torch.from_numpy(self.alignment.source)).numpy()
 
-    def taken(self, recompute: float) -> int:
-        """Tokens that a blend would take over, where it computes this share of those that it could."""
-        aligned = self.alignment.aligned
-        return aligned - max(int(self.always.sum()), int(recompute * aligned))
+    def taken(self, options: RequestOptions) -> int:
+        """Tokens that a blend would take over with these options, as far as is known before the probe.
+
+        How many move by more than a threshold is not known then; without one the whole share of ``recompute`` does.
+        """
+        aligned, always = self.alignment.aligned, int(self.always.sum())
+        return aligned - max(always, int(options.recompute * aligned) if options.deviation == 0.0 else 0)
 
     @cached_property
     def guard(self) -> ContentComparison:

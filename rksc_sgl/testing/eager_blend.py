@@ -105,8 +105,8 @@ class EagerLlama:
         for layer in self.inner.layers[:probe]:
             kv.append(self._kv(layer, hidden))
             probed = (layer, hidden[:prompt], kv[-1][0][:prompt])
-            attended, spread = (self._attended(*probed, complete=complete) for complete in (True, False))
             hidden = self._layer(layer, hidden, rows, kv[-1])
+        attended, spread = (self._attended(*probed, complete=complete) for complete in (True, False))
         there = source.clamp(min=0)
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1][:prompt].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)

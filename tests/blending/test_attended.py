@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rksc_sgl.blending import attended
 from rksc_sgl.blending.attended import QUERIES, asking, attention_received
 
 TOKENS, LAST, HEADS, KV_HEADS, SIZE = 40, 6, 4, 2, 8
@@ -26,8 +27,12 @@ def plainly(queries: torch.Tensor, keys: torch.Tensor, scaling: float, window: i
     return total / (LAST * HEADS)
 
 
+@pytest.mark.parametrize("scores", [attended.MOST_SCORES, 1])
 @pytest.mark.parametrize(("window", "cap"), [(-1, 0.0), (5, 0.0), (0, 0.0), (-1, 1.5)])
-def test_attention_of_the_last_tokens_is_that_of_the_model(window: int, cap: float) -> None:
+def test_attention_of_the_last_tokens_is_that_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, window: int, cap: float, scores: int
+) -> None:
+    monkeypatch.setattr(attended, "MOST_SCORES", scores)
     source = torch.Generator().manual_seed(window + 2)
     queries = torch.randn(LAST, HEADS, SIZE, generator=source)
     keys = torch.randn(TOKENS, KV_HEADS, SIZE, generator=source)

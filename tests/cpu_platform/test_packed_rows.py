@@ -33,11 +33,12 @@ def test_each_row_sees_its_own_sequence_up_to_itself(v_dim: int, dtype: torch.dt
     runner = make_runner(v_dim=v_dim, dtype=dtype)
     fill(runner)
     backend = runner.attn_backend = RkscCpuAttnBackend(runner)
+    runner.model = torch.nn.ModuleList([make_layer(v_head_dim=v_dim)])
     rows = sum(run.end - run.begin for run in RUNS)
     queries = torch.randn(rows, HEADS, DIM)
     packing = packing_for(runner, batch(), RUNS)
     assert isinstance(packing, CpuPacking)
-    layer, forward_batch = make_layer(v_head_dim=v_dim), SimpleNamespace()
+    layer, forward_batch = runner.model[0], SimpleNamespace()
     with packing.in_use():
         assert isinstance(backend.packed, PackedRows)
         found = backend._read(queries, layer, forward_batch).view(rows, HEADS, v_dim)
@@ -58,9 +59,19 @@ def test_each_row_sees_its_own_sequence_up_to_itself(v_dim: int, dtype: torch.dt
 def test_sequences_that_go_on_in_one_piece_are_planned_as_ever() -> None:
     runner = make_runner()
     runner.attn_backend = RkscCpuAttnBackend(runner)
+    runner.model = torch.nn.ModuleList([make_layer()])
     assert packing_for(runner, batch(), [Run(0, 3, 9), Run(2, 0, 4)]) is None
     assert joined_over(runner) == 0
     assert joined_over(SimpleNamespace(attn_backend=SimpleNamespace())) > 0
+
+
+@pytest.mark.parametrize("other", [{"sliding_window_size": 7}, {"logit_cap": 30.0}])
+def test_a_model_with_windows_or_caps_attends_run_by_run(other: dict[str, float]) -> None:
+    runner = make_runner()
+    runner.attn_backend = RkscCpuAttnBackend(runner)
+    runner.model = torch.nn.ModuleList([make_layer(), make_layer(**other)])
+    assert packing_for(runner, batch(), RUNS) is None
+    assert joined_over(runner) > 0
 
 
 def test_the_backend_is_left_as_it_was_where_a_pass_fails() -> None:

@@ -19,6 +19,7 @@ from rksc_sgl.placement.choose import (
     NOT_PROBED,
     TOO_FEW,
     TOO_FEW_ALIGN,
+    TOO_FEW_TAKEN,
     Server,
     follow_alias,
     place_alone,
@@ -39,9 +40,6 @@ SIZE = 1000
 
 class Tokenizer:
     """A word a token; ids from 100 on are numbers from 0 on."""
-
-    def __len__(self) -> int:
-        return SIZE
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [str(one - 100) if 100 <= one < 200 else WORDS[one % len(WORDS)] for one in ids]
@@ -165,10 +163,12 @@ def test_a_branch_takes_over_from_the_donor_that_has_most_of_it() -> None:
 def test_what_a_blend_computes_anyway_counts_as_not_taken() -> None:
     beside = compared(branch(OTHER)).with_donor(Donor("d", DONOR))
     aligned = beside.alignment.aligned
-    assert beside.taken(0.0) == aligned - LEAD, "after the one break"
-    assert beside.taken(0.25) == aligned - int(0.25 * aligned)
-    placement = in_fork(branch(OTHER, recompute=0.9), ForkFacts(donors=(whole("d", DONOR),)))
-    assert placement.blend is None and placement.report.declined == TOO_FEW_ALIGN
+    assert beside.taken(RequestOptions(recompute=0.0)) == aligned - LEAD, "after the one break"
+    assert beside.taken(RequestOptions(recompute=0.25)) == aligned - int(0.25 * aligned)
+    donors = ForkFacts(donors=(whole("d", DONOR),))
+    placement = in_fork(branch(OTHER, recompute=0.9), donors)
+    assert placement.blend is None and placement.report.declined == TOO_FEW_TAKEN
+    assert in_fork(branch(OTHER, recompute=0.9, deviation=0.3), donors).blend is not None, "few may move so far"
 
 
 def test_blended_kv_of_the_same_prompt_is_read_even_where_a_blend_would_not_pay() -> None:

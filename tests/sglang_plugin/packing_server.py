@@ -18,6 +18,8 @@ from rksc_sgl.sglang_plugin.passes import packing
 
 RkscCpuPlatform.post_load_model = SRTPlatform.post_load_model  # type: ignore[method-assign]
 packing.BACKENDS.add("RkscCpuAttnBackend")
+packing.RkscCpuAttnBackend = type("NoBackend", (), {})  # type: ignore[misc, assignment]  # as if it were another one
+packing.GAP = 0  # the plain computation joins no runs
 _calls = 0
 _original = packing.TritonPacking.forward_extend
 

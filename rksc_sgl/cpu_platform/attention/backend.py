@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -154,7 +154,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
     def _read(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         kind, pool = self._kind(layer), self.token_to_kv_pool
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        if self.packed is not None and kind.is_plain:
+        if self.packed is not None:
             kv = (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id))
             self.packed.attend(queries, *kv, kind.rule.scale, out)
             return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
@@ -172,6 +172,10 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             self._workspace,
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def packs(self, model: torch.nn.Module) -> bool:
+        """Whether rows of one sequence can attend together in every layer: none has a window or a cap."""
+        return all(self._kind(one).is_plain for one in model.modules() if isinstance(one, RadixAttention))
 
     def _kind(self, layer: Any) -> _Kind:
         """Of a layer, found once and kept with it."""

@@ -1,4 +1,4 @@
-"""Attention of some tokens of each sequence, wherever they stand: the keys of a sequence are gathered once a layer.
+"""Attention of some tokens of each sequence, wherever they stand: keys are gathered once for all of them.
 
 As sequences of their own, runs of one sequence would be planned one by one, each with its prefix. Where many short ones
 belong to few sequences that costs more than it computes.
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+BLOCK_ROWS = 512  # scores and masks are of so many rows at once
+
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Consecutive rows of a pass that are tokens of one sequence.
+    """Consecutive rows of a pass that are tokens of one sequence, not more than :data:`BLOCK_ROWS`.
 
     Attributes:
         rows: of the pass.
@@ -38,10 +40,11 @@ class PackedRows:
     def __init__(self, sequences: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._parts, first = list[_Rows](), 0
         for slots, positions in sequences:
-            count = int(positions[-1]) + 1
-            seen = torch.arange(count) <= positions[:, None]
-            self._parts.append(_Rows(slice(first, first + len(positions)), slots[:count].to(torch.int64), seen))
-            first += len(positions)
+            for some in positions.split(BLOCK_ROWS):
+                count = int(some[-1]) + 1
+                seen = torch.arange(count) <= some[:, None]
+                self._parts.append(_Rows(slice(first, first + len(some)), slots[:count].to(torch.int64), seen))
+                first += len(some)
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, out: torch.Tensor

@@ -107,9 +107,8 @@ class Blends:
         """What is computed of each blended sequence; the rest is taken over here."""
         moved = deviations(self._batch.runner, self._rows, layer)
         found = self._batch.agree(torch.stack((moved, self._attended(moved)))).cpu()
-        parts = zip(self._jobs, pairwise(self._starts), strict=True)
-        each = [(job, begin, _compare(job, *found[:, begin:end])) for job, (begin, end) in parts]
-        beside = [one for one in each if one[0].place in there]
+        parts = [part for part in zip(self._jobs, pairwise(self._starts), strict=True) if part[0].place in there]
+        beside = [(job, begin, _compare(job, *found[:, begin:end])) for job, (begin, end) in parts]
         gap = joined_over(self._batch.runner)
         separate = [runs_of(one.computed, gap) for _, _, one in beside]
         runs = fewer_runs(separate, self._most_runs(len(there) - len(beside)))

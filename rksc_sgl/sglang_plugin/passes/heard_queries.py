@@ -20,7 +20,8 @@ class HeardQueries:
     """Listens at one layer during a pass.
 
     SGLang's models call their attention (``RadixAttention``) as a module, so that a hook of PyTorch's sees what it is
-    given; the CPU platform's own layers call such hooks too.
+    given; the CPU platform's own layers call such hooks too. Attention is computed from queries, keys, window and cap;
+    sinks, and temperatures that depend on the position, are left out.
 
     Args:
         runner: SGLang's ``ModelRunner``.
@@ -31,7 +32,7 @@ class HeardQueries:
 
     def __init__(self, runner: Any, layer: int, rows: torch.Tensor, places: torch.Tensor) -> None:
         self._attention = attention_modules(runner.model)[layer]
-        self._keys = runner.token_to_kv_pool
+        self._pool = runner.token_to_kv_pool
         self._layer, self._rows, self._places = layer, rows, places
         self._queries: torch.Tensor | None = None
 
@@ -57,7 +58,7 @@ class HeardQueries:
         if self._queries is None:
             _warn_once(type(self._attention).__name__)
             return None
-        attention, keys = self._attention, self._keys.get_key_buffer(self._layer)
+        attention, keys = self._attention, self._pool.get_key_buffer(self._layer)
         scaling, cap = float(attention.scaling), float(attention.logit_cap or 0.0)
         window = -1 if attention.sliding_window_size is None else int(attention.sliding_window_size)
         counts = [count for count, _ in sequences]

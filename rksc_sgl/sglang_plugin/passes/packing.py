@@ -178,14 +178,14 @@ def refusal_of_packing(runner: Any) -> str:
 
 
 def joined_over(runner: Any) -> int:
-    """So many tokens between two runs are computed rather than that there are two runs; 0 where runs cost nothing."""
-    return 0 if type(runner.attn_backend) is RkscCpuAttnBackend else GAP
+    """So many tokens between two runs are computed rather than that there are two runs; 0 where all attend together."""
+    return 0 if type(runner.attn_backend) is RkscCpuAttnBackend and runner.attn_backend.packs(runner.model) else GAP
 
 
 def packing_for(runner: Any, batch: Any, runs: Sequence[Run]) -> Packing | None:
     """The attention of a narrowed batch; None where the backend's own computes it, run by run."""
     if type(runner.attn_backend) is RkscCpuAttnBackend:
-        several = len(runs) > len({run.place for run in runs})
+        several = len(runs) > len({run.place for run in runs}) and runner.attn_backend.packs(runner.model)
         return CpuPacking(runner, batch, runs) if several else None
     if not is_asked_for():
         return None
