@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -413,6 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings=settings | {"depth": DEPTH},
             cells=[cell.plain() for cell in cells],
             defaults=[one.figures() for one in defaults],
+            command=shlex.join(
+                ["python", "-m", "benchmarks.pipeline", *(sys.argv[1:] if arguments is None else arguments)]
+            ),
         )
     print(json.dumps(result), flush=True)
     return 0
