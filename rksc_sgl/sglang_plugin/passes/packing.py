@@ -179,14 +179,13 @@ def refusal_of_packing(runner: Any) -> str:
 
 def joined_over(runner: Any) -> int:
     """So many tokens between two runs are computed rather than that there are two runs; 0 where all attend together."""
-    return 0 if type(runner.attn_backend) is RkscCpuAttnBackend and runner.attn_backend.packs(runner.model) else GAP
+    return 0 if _attends_together(runner) else GAP
 
 
 def packing_for(runner: Any, batch: Any, runs: Sequence[Run]) -> Packing | None:
     """The attention of a narrowed batch; None where the backend's own computes it, run by run."""
-    if type(runner.attn_backend) is RkscCpuAttnBackend:
-        several = len(runs) > len({run.place for run in runs}) and runner.attn_backend.packs(runner.model)
-        return CpuPacking(runner, batch, runs) if several else None
+    if len(runs) > len({run.place for run in runs}) and _attends_together(runner):
+        return CpuPacking(runner, batch, runs)
     if not is_asked_for():
         return None
     if runner.model not in _refusals:
@@ -194,6 +193,12 @@ def packing_for(runner: Any, batch: Any, runs: Sequence[Run]) -> Packing | None:
         if _refusals[runner.model]:
             logger.warning("rksc: no packed attention: %s", _refusals[runner.model])
     return None if _refusals[runner.model] else TritonPacking(runner, batch, runs)
+
+
+def _attends_together(runner: Any) -> bool:
+    """Whether several runs of one sequence attend together on our CPU backend."""
+    backend = runner.attn_backend
+    return type(backend) is RkscCpuAttnBackend and backend.packs(runner.model)
 
 
 def _difference(runner: Any) -> str:
