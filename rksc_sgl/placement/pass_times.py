@@ -87,6 +87,23 @@ class PassTimes:
         self.source = f"learned from {self._seen} passes"
 
 
+def tokens_of_two(few: Timed, many: Timed, overlaps: bool) -> int:
+    """What a pass costs before it computes, in tokens, from a short and a long one.
+
+    Never more than the long one computed: where something else slowed the short one, the two may take the same time,
+    which does not say that computing costs nothing.
+
+    Args:
+        few: the short pass.
+        many: the long pass.
+        overlaps: whether a pass computes while it still launches (:class:`~rksc_sgl.placement.worth.PassCost`).
+    """
+    computing = many.seconds / many.tokens if overlaps else (many.seconds - few.seconds) / (many.tokens - few.tokens)
+    if few.seconds >= many.tokens * computing:
+        return many.tokens
+    return max(1, round(few.seconds / computing))
+
+
 def tokens_of(passes: Sequence[Timed] | deque[Timed], known: int) -> tuple[int, float] | None:
     """What a pass costs before it computes, in tokens, and the seconds of a token; None where too little was seen.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -173,12 +174,22 @@ def test_zero_repeats_are_refused() -> None:
     assert CliRunner().invoke(app, ["prove", "--repeats", "0"]).exit_code == 2
 
 
+def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process says that is interrupted, again where need be: the first interrupt is held back until its request
+    times out if it comes between Python's look for signals and the system call that waits."""
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=10.0)
+    process.kill()
+    raise AssertionError(f"it goes on; it said {process.communicate()}")
+
+
 def test_an_interrupt_ends_it_without_a_traceback(silent: Silent) -> None:
     command = [sys.executable, "-m", "rksc_sgl.cli", "prove", "--url", silent.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert silent.asked.wait(60.0)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60.0)
+        out, err = interrupted(process)
     assert process.returncode not in (0, None)
     assert "Traceback" not in out + err
 
@@ -190,7 +201,10 @@ def test_a_server_that_reuses_what_it_says_is_proven(smollm_server: ServerProces
     assert found["proven"] and code == 0, found["verdict"]
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["exact"]["cached_tokens"] == rows["exact"]["prompt_tokens"] - 1
-    assert rows["blend"]["taken_tokens"] > 400 > 100 > rows["blend"]["computed_tokens"] > 0
+    assert rows["blend"]["taken_tokens"] > 400
+    assert 0 < rows["blend"]["computed_tokens"] < rows["blend"]["prompt_tokens"] / 5, (
+        "another opening, and a tenth of the notes"
+    )
     assert rows["control after blend"]["cached_tokens"] == 0
     assert "too few tokens align" in rows["declined blend"]["declined"]
     assert rows["blend"]["kl"] < found["blend_limit"] < rows["wrong number"]["kl"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rksc_sgl.placement.pass_times import ENOUGH, LOOKS, PassTimes, Timed, differs, load, save, tokens_of
+from rksc_sgl.placement.pass_times import ENOUGH, LOOKS, PassTimes, Timed, differs, load, save, tokens_of, tokens_of_two
 from rksc_sgl.placement.worth import PassCost
 
 LAUNCH_S = 0.030
@@ -39,6 +39,22 @@ def test_an_estimate_that_was_far_off_is_approached(true: int, known: int) -> No
     found = learned(true, known)
     assert found.cost.tokens == pytest.approx(true, rel=0.25) and found.cost.overlaps
     assert found.source.startswith("learned from ")
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@given(few=st.floats(1e-5, 1.0), many=st.floats(1e-5, 1.0))
+def test_two_passes_tell_and_noise_makes_no_pass_cost_more_than_the_long_one_computed(
+    overlaps: bool, few: float, many: float
+) -> None:
+    found = tokens_of_two(Timed(2, few), Timed(2048, many), overlaps)
+    assert 1 <= found <= 2048
+    if few >= many:
+        assert found == 2048
+
+
+def test_two_passes_without_noise_tell_the_cost() -> None:
+    assert tokens_of_two(Timed(2, 0.102), Timed(2000, 2.1), overlaps=False) == 102
+    assert tokens_of_two(Timed(2, 0.1), Timed(2000, 2.0), overlaps=True) == 100
 
 
 def test_too_little_teaches_nothing() -> None:

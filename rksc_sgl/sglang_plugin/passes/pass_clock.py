@@ -27,7 +27,7 @@ import torch
 
 from rksc_sgl.cache_directory import cache_directory
 from rksc_sgl.calibration.fingerprint import checksum
-from rksc_sgl.placement.pass_times import PassTimes, Timed, differs, load, save
+from rksc_sgl.placement.pass_times import PassTimes, Timed, differs, load, save, tokens_of_two
 from rksc_sgl.placement.worth import LEARN, PASS_TOKENS_VARIABLE, PassCost, learns
 from rksc_sgl.sglang_plugin.passes.exit_profiles import profiles_of
 from rksc_sgl.sglang_plugin.passes.own_batch import own_batch
@@ -173,11 +173,11 @@ def _tried(scheduler: Any, known: PassCost, device: str) -> PassCost | None:
         return None
     scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
     with torch.no_grad(), scheduler.forward_stream_ctx:
-        few_s, many_s = (_seconds(scheduler, runner, tokens, device) for tokens in (FEW, many))
+        timed = [Timed(tokens, _seconds(scheduler, runner, tokens, device)) for tokens in (FEW, many)]
     scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
-    computing = many_s / many if known.overlaps else max(many_s - few_s, 1e-9) / (many - FEW)
-    tokens = torch.tensor([few_s / computing], dtype=torch.float64, device=runner.device)
-    return PassCost(max(1, round(float(agreement()(tokens)))), known.overlaps)
+    found = tokens_of_two(*timed, known.overlaps)
+    tokens = torch.tensor([found], dtype=torch.float64, device=runner.device)
+    return PassCost(int(agreement()(tokens)), known.overlaps)
 
 
 def _seconds(scheduler: Any, runner: Any, tokens: int, device: str) -> float:
