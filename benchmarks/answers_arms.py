@@ -17,6 +17,7 @@ from benchmarks.answers_items import Item
 from programs.asking import SYSTEM
 from rksc_sgl import Endpoint, SkipGate, Verdict
 from rksc_sgl.answers import branch_answer
+from rksc_sgl.calibration.blend_certificate import RULE
 from rksc_sgl.calibration.recorded_lines import Recordings
 from rksc_sgl.errors import RkscError, VerificationError
 from rksc_sgl.generated.finish import is_truncated
@@ -36,6 +37,7 @@ class Settings:
     worked: int
     max_tokens: int
     arms: list[str] = field(default_factory=lambda: list(ARMS))
+    rule: int = RULE  # that says what a blend computes
 
 
 @dataclass(frozen=True)
