@@ -14,7 +14,7 @@ from rksc_sgl.exit_settings import (
     TRACE_VARIABLE,
     Settings,
 )
-from rksc_sgl.memory.settings import LEASE_FLAG, LEASE_VARIABLE, lease_seconds
+from rksc_sgl.memory.settings import LEASE_FLAG, LEASE_VARIABLE, PRIVATE_SLOTS_VARIABLE, lease_seconds
 from rksc_sgl.model_fetch import is_embedded, resolve_model
 from rksc_sgl.one_request.options import FORK_VARIABLE, ForkSettings
 from rksc_sgl.packed_attention.switch import PACKED_ATTENTION_VARIABLE
@@ -26,6 +26,7 @@ SWITCHES = {
     "--rksc-trace": TRACE_VARIABLE,
     ALLOW_UNTESTED: ALLOW_VARIABLE,
     "--rksc-packed-attention": PACKED_ATTENTION_VARIABLE,
+    "--rksc-private-slots": PRIVATE_SLOTS_VARIABLE,
 }
 _MODEL_FLAGS = ("--model-path", "--model")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -99,11 +99,13 @@ class Fork(Generic[Request]):
         anchor: whom siblings wait for, if anybody.
         donors: oldest first.
         aliases: oldest first; the canonical donor of each is among the donors.
+        shifts: at how many positions later than from 0 on blended KV of its branches stands.
     """
 
     anchor: Anchor[Request] | None = None
     donors: list[Donor] = field(default_factory=list)
     aliases: list[Alias] = field(default_factory=list)
+    shifts: set[int] = field(default_factory=set)
 
     @property
     def tokens(self) -> int:
@@ -182,6 +184,11 @@ class ForkTable(Generic[Request]):
             return None
         fitting = (one for one in fork.aliases if np.array_equal(tokens[: one.tokens.size], one.tokens))
         return max(fitting, key=lambda one: one.tokens.size, default=None)
+
+    def shifts_of(self, key: ForkKey) -> Set[int]:
+        """At how many positions later than from 0 on blended KV of a fork stands; none of one that is not known."""
+        fork = self._forks.get(key)
+        return frozenset() if fork is None else fork.shifts
 
     def anchors(self) -> Iterator[tuple[ForkKey, Anchor[Request]]]:
         """Every anchor that is waited for, or whose KV nobody has looked for yet."""

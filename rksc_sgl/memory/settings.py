@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rksc_sgl.errors import OptionError
 
 LEASE_S = 30.0  # `python -m benchmarks.pressure` says what it gains
+PRIVATE_SLOTS_VARIABLE = "RKSC_PRIVATE_SLOTS"  # --rksc-private-slots: blends copy all that they take over
 LEASE_FLAG, LEASE_VARIABLE = "--rksc-lease-seconds", "RKSC_LEASE_SECONDS"
 
 

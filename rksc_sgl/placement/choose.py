@@ -7,7 +7,7 @@ Pure: what is cached, which donors there are and what the server can do come in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rksc_sgl.placement.compare import Comparison, Comparisons
 from rksc_sgl.placement.report import SharingReport
@@ -47,7 +47,12 @@ def place_alone(branch: Branch) -> Placement:
     """A request without donors: a verification, or one that has neither a fork nor the whole cache."""
     if branch.options.op == "branch" and branch.options.merges:
         return Placement(report=SharingReport(declined=NO_GROUP))
-    return Placement(blended=branch.reads_blended)
+    return _reading(branch)
+
+
+def _reading(branch: Branch) -> Placement:
+    """As it is, from what blended KV there is of it."""
+    return Placement(blended=branch.reads_blended, shift=branch.shift if branch.reads_blended else 0)
 
 
 def place_beside(branch: Branch, donors: Sequence[Resident], server: Server, compared: Comparisons) -> Placement:
@@ -88,7 +93,7 @@ def place_in_fork(
         return Placement(is_anchor=True, report=report)
     beside = _Beside(branch, server, compared, report, fork.siblings).place(donors)
     if alone and beside.adopts is None:
-        return Placement(is_anchor=True, blended=beside.blended, blend=beside.blend, merge=beside.merge, report=report)
+        return replace(beside, is_anchor=True)
     return beside
 
 
@@ -138,10 +143,13 @@ class _Beside:
         if not options.blends:
             return Placement(merge=merge, report=self.report)
         if not donors:
-            return Placement(blended=branch.reads_blended, merge=merge, report=self.report)
+            return replace(_reading(branch), merge=merge, report=self.report)
         blend = self._blend(donors)
-        adopts = None if blend is None else blend.donor
-        return Placement(blended=blend is not None, blend=blend, merge=merge, adopts=adopts, report=self.report)
+        if blend is None:
+            return Placement(merge=merge, report=self.report)
+        return Placement(
+            blended=True, shift=blend.shift, blend=blend, merge=merge, adopts=blend.donor, report=self.report
+        )
 
     def _blend(self, donors: Sequence[Resident]) -> BlendPlan | None:
         """From the donor that has most of it; None where that is not worth it."""
@@ -162,7 +170,9 @@ class _Beside:
         if not branch.options.merges:
             self.report.declined = None
         self.report.donor, self.report.aligned_tokens = best.donor.name, best.alignment.aligned
-        return BlendPlan(best.donor, branch.namespace.extra_key, best.alignment.source, best.always, branch.options)
+        shift = branch.shift if branch.reads_blended else best.shift if best.shift <= branch.most_shift else 0
+        key = branch.namespace.extra_key
+        return BlendPlan(best.donor, key, best.alignment.source, best.always, branch.options, shift)
 
     def _merge(self, donors: Sequence[Resident]) -> MergePlan | None:
         """With the first donor that asks the same; the report says why there is none."""

@@ -45,6 +45,16 @@ class Comparison:
         return align(self.donor.tokens, self.ids, self._minimum_span)
 
     @cached_property
+    def shift(self) -> int:
+        """So many positions later than in the branch most of the tokens that both have stand in the donor; else 0."""
+        source = self.alignment.source
+        own = np.flatnonzero(source >= 0)
+        if not own.size:
+            return 0
+        shifts, tokens = np.unique(source[own] - own, return_counts=True)
+        return max(0, int(shifts[tokens.argmax()]))
+
+    @cached_property
     def always(self) -> NDArray[np.bool_]:
         """``[n]`` tokens that a blend computes though the donor has them."""
         return after_breaks(torch.from_numpy(self.alignment.source)).numpy()

@@ -17,6 +17,7 @@ class SharingReport:
         similarity: of hidden states: 1 - mean deviation of a blend's tokens, or the gate's score of a merge.
         probe_layers: layers that ran for every token.
         taken_tokens: tokens whose KV was taken over, which is approximate.
+        shared_slots: of these, those for which the donor's own slots are used, so that they take no memory.
         computed_tokens: tokens that were computed in every layer.
         recomputed_tokens: those of them that the donor has too.
         budget_tokens: what it counted against the budget of its prefill batch, where that is less than its length.
@@ -31,6 +32,7 @@ class SharingReport:
     similarity: float | None = None
     probe_layers: int | None = None
     taken_tokens: int | None = None
+    shared_slots: int | None = None
     computed_tokens: int | None = None
     recomputed_tokens: int | None = None
     budget_tokens: int | None = None

@@ -23,6 +23,9 @@ class Branch:
         ids: int64 ``[n]`` its prompt.
         namespace: what SGLang keeps its KV apart by.
         exact, blended: how many of its tokens the tree has under its own key, and under that of blended KV.
+        shift: at how many positions later than from 0 on that blended KV stands.
+        most_shift: at how many positions later its KV may stand, for there to be room for what it generates; 0 where
+            slots have one owner, so that nothing is gained by it.
         fixed: why its prompt cannot be replaced by another; empty if it can.
         whole: why every layer of every token must be computed for it; empty if not.
     """
@@ -32,6 +35,8 @@ class Branch:
     namespace: Namespace
     exact: int
     blended: int
+    shift: int = 0
+    most_shift: int = 0
     fixed: str = ""
     whole: str = ""
 
@@ -101,6 +106,7 @@ class BlendPlan:
         source: int64 ``[n]``, the donor position of each token of the branch, -1 where there is none.
         always: bool ``[n]``, tokens that are computed also where the donor has them: after breaks.
         options: of the request.
+        shift: its tokens stand at positions from here on, so that most stand where they do in the donor.
     """
 
     donor: Donor
@@ -108,6 +114,7 @@ class BlendPlan:
     source: NDArray[np.int64]
     always: NDArray[np.bool_]
     options: RequestOptions
+    shift: int = 0
 
     def computed(self, begin: int) -> int:
         """How many of its tokens, from ``begin`` on, go through all layers, as far as is known before the probe."""
@@ -146,6 +153,7 @@ class Placement:
         waits_until: so many of that prompt's tokens must be in the tree before it is looked at again.
         is_anchor: its siblings may wait for it from now on.
         blended: it reads and writes the namespace of blended KV.
+        shift: at how many positions later than from 0 on that KV stands.
         blend: what it may take over.
         merge: whose prompt it may take.
         adopts: a donor that its fork has from now on.
@@ -156,6 +164,7 @@ class Placement:
     waits_until: int = 0
     is_anchor: bool = False
     blended: bool = False
+    shift: int = 0
     blend: BlendPlan | None = None
     merge: MergePlan | None = None
     adopts: Donor | None = None

@@ -61,6 +61,7 @@ class BranchState:
         waited_passes: scheduling steps that it was held for.
         compared: its prompt beside donors; None before it was compared with one, and after it was placed.
         blended: it reads and writes the namespace of blended KV.
+        shift: its tokens stand at so many positions later than from 0 on.
         blend: what it may take over.
         merge: whose prompt it may take; None once that is decided. While MERGED, the prompt that it takes.
         canonical_tokens: how much of its prompt is a donor's since it was merged.
@@ -84,6 +85,7 @@ class BranchState:
     waited_passes: int = 0
     compared: Comparisons | None = None
     blended: bool = False
+    shift: int = 0
     blend: BlendPlan | None = None
     merge: MergePlan | None = None
     canonical_tokens: int = 0

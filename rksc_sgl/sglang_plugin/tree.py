@@ -10,12 +10,13 @@ import torch
 
 from rksc_sgl.donors.forks import Namespace
 
+SHIFTED = "\x1frksc-shift-"
 BLENDED = "\x1frksc-blended"  # ends the extra_key of blended KV; no printable key ends so
 
 
-def blended_key(extra_key: str | None) -> str:
-    """The namespace of blended KV beside that of exact KV."""
-    return (extra_key or "") + BLENDED
+def blended_key(extra_key: str | None, shift: int = 0) -> str:
+    """The namespace of blended KV beside that of exact KV, one for each shift of its positions."""
+    return f"{extra_key or ''}{f'{SHIFTED}{shift}' if shift else ''}{BLENDED}"
 
 
 def is_reserved(extra_key: str | Iterable[str] | None) -> bool:

@@ -347,3 +347,83 @@ def test_on_other_servers_too_log_probabilities_of_a_prompt_never_come_from_blen
     check_that_blended_kv_is_never_called_exact(variant)
     check_log_probabilities_of_the_prompt(variant, six_layers)
     variant.check_pool()
+
+
+def shifted(seed: int) -> tuple[list[int], list[int]]:
+    """Two prompts of the same material, the first with the longer opening."""
+    material = words(seed, 400)
+    return [*words(seed + 1, 31), *material], [*words(seed + 2, 17), *material]
+
+
+def test_a_branch_with_a_shorter_opening_uses_its_donors_slots(served: Served, six_layers: SixLayers) -> None:
+    served.flush()
+    donor, prompt = shifted(500)
+    served.ask(donor, branch("slots", 0))
+    before = served.stats()
+    answer = served.ask(prompt, branch("slots", 1, deviation=0.0))
+    expected, taken = eager_logprobs(six_layers, donor, prompt, 0.1)
+    report = report_of(answer)
+    assert report["taken_tokens"] == report["shared_slots"] == taken > 300
+    for token, value in logprobs_of(answer).items():
+        assert value == pytest.approx(float(expected[token]), abs=2e-3)
+    served.settle()
+    after = served.stats()
+    used = before["pool"]["full_available_size"] - after["pool"]["full_available_size"]
+    assert used == len(prompt) - taken, "it owns what it computes, and no more"
+    assert after["slots"] == {"refusal": None, "surplus": taken}
+    again = served.ask(prompt, branch("slots", 1))
+    assert report_of(again)["blended_before_tokens"] == len(prompt) - 1, "it is found where it stands"
+    once_more = served.ask(prompt, branch("slots", 1))
+    assert logprobs_of(again) == pytest.approx(logprobs_of(once_more), abs=1e-5)
+    first, then = logprobs_of(answer), logprobs_of(again)
+    apart = [abs(first[token] - then[token]) for token in first.keys() & then.keys()]
+    assert len(apart) > len(first) / 2 and float(np.median(apart)) < 0.5, "of six layers two have the donor's KV now"
+    verification = served.ask(
+        [*prompt, 77, 78], {"op": "verify", "group": branch("slots", 1)["group"], "share": "blend"}
+    )
+    assert report_of(verification)["blended_before_tokens"] >= len(prompt)
+    served.check_pool()
+
+
+def test_a_branch_with_a_longer_opening_copies(served: Served) -> None:
+    served.flush()
+    prompt, donor = shifted(520)
+    served.ask(donor, branch("copies", 0))
+    report = report_of(served.ask(prompt, branch("copies", 1)))
+    assert report["taken_tokens"] > 300 and report["shared_slots"] == 0
+    assert served.stats()["slots"]["surplus"] == 0
+
+
+def test_slots_outlive_the_donor_that_they_are_from(served: Served) -> None:
+    """The donor is evicted first; the branch that uses its slots reads what it read before."""
+    served.flush()
+    donor, prompt = shifted(540)
+    served.ask(donor, branch("outlives", 0, share="blend"))
+    first = served.ask(prompt, branch("outlives", 1), tokens=8)
+    assert report_of(first)["shared_slots"] > 300
+    longer = [*prompt, *first["output_ids"]]
+    held = served.ask(longer, branch("outlives", 1), tokens=4)
+    for seed in range(560, 600):  # nothing of the donor is used meanwhile, the branch's own KV is
+        served.ask(words(seed, 900))
+        served.ask(longer, branch("outlives", 1), tokens=1)
+        if not served.stats()["tree"]["evictable_tokens"]:
+            break
+    assert served.ask(longer, branch("outlives", 1), tokens=4)["output_ids"] == held["output_ids"]
+    served.check_pool()
+
+
+def test_tokens_after_a_shifted_prompt_stand_where_they_would(served: Served) -> None:
+    """With everything computed a shifted branch is the plain request, whatever it generates."""
+    served.flush()
+    donor, prompt = shifted(610)
+    plain = served.ask(prompt, tokens=24)
+    served.flush()
+    served.ask(donor, branch("all slots", 0))
+    answer = served.ask(prompt, branch("all slots", 1, recompute=0.5, deviation=1e-9), tokens=24)
+    assert report_of(answer)["shared_slots"] > 100
+    served.flush()
+    served.ask(donor, branch("everything", 0))
+    exact = served.ask(prompt, branch("everything", 1, recompute=1.0, deviation=1e-9), tokens=24)
+    assert report_of(exact)["mode"] == "blend" and report_of(exact)["taken_tokens"] == 0
+    assert exact["output_ids"] == plain["output_ids"]
+    assert logprobs_of(exact) == pytest.approx(logprobs_of(plain), abs=1e-4)

@@ -14,6 +14,7 @@ from typing import Any
 from rksc_sgl.errors import TreeListingError
 from rksc_sgl.metrics import OF_SCHEDULERS, counters
 from rksc_sgl.sglang_plugin.inspection import donor_listing, tree_listing
+from rksc_sgl.sglang_plugin.memory import slots
 from rksc_sgl.sglang_plugin.memory.keeper import described, known_keeper_of
 from rksc_sgl.tree_view import Prompt, RecentPrompts, largest
 
@@ -70,6 +71,7 @@ def _stats(inquiry: Inquiry, scheduler: Any) -> dict[str, Any]:
     return {
         "counters": counters().snapshot(OF_SCHEDULERS),
         "memory": described(scheduler),
+        "slots": slots.described(scheduler),
         "tree": _tree_totals(scheduler.tree_cache, bool(inquiry.nodes)),
         "pool": {key: value for key, value in pool.items() if value is not None},
         "requests": {"running": len(_running(scheduler)), "waiting": len(scheduler.waiting_queue)},

@@ -9,6 +9,7 @@ from rksc_sgl.metrics import OF_SCHEDULERS, counters
 from rksc_sgl.options import CONFIDENCE, KEY
 from rksc_sgl.sglang_plugin.branch_state import Phase
 from rksc_sgl.sglang_plugin.inspection import counting, inquiry, prometheus_export
+from rksc_sgl.sglang_plugin.memory import slots
 from rksc_sgl.sglang_plugin.memory.keeper import described, known_keeper_of
 from rksc_sgl.sglang_plugin.offering import offers_here
 from rksc_sgl.sglang_plugin.passes import exits, pass_clock, token_confidence
@@ -159,6 +160,7 @@ def add_internal_state(result: Any, controller: Any, recv_req: Any) -> Any:
         "exit": exits.state(runner),
         "confidence": token_confidence.described(scheduler),
         "memory": described(scheduler),
+        "slots": slots.described(scheduler),
         "counters": counters().snapshot(OF_SCHEDULERS),
     }
     question = inquiry.Inquiry.from_rid(recv_req.rid)

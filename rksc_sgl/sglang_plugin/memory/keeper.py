@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from array import array
 from collections import defaultdict
@@ -22,10 +21,10 @@ from rksc_sgl.metrics import LEASES, LEASES_ENDED, TOKENS_TWICE, counters
 from rksc_sgl.sglang_plugin.branch_state import BranchState
 from rksc_sgl.sglang_plugin.inspection.counting import counts_here
 from rksc_sgl.sglang_plugin.memory.computed import Computed, common_beginning
-from rksc_sgl.sglang_plugin.offering.server_facts import tier_of
+from rksc_sgl.sglang_plugin.memory.slots import surplus_of_locked
+from rksc_sgl.sglang_plugin.memory.tried import refusal_of_memory
 from rksc_sgl.sglang_plugin.requests import namespace_of
 from rksc_sgl.sglang_plugin.tree import as_ids
-from rksc_sgl.support.offers import ALLOW_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -466,7 +465,7 @@ class Keeper:
 
     def leased_tokens(self) -> int:
         """Slots that leases hold, each counted once."""
-        return sum(self.leased_nodes().values())
+        return max(0, sum(self.leased_nodes().values()) - surplus_of_locked(self._scheduler.tree_cache))
 
     def leased_nodes(self) -> dict[int, int]:
         """The tree's nodes that leases hold, and their tokens."""
@@ -518,31 +517,7 @@ def _group(req: Any) -> str | None:
 
 def refusal_of_keeping(scheduler: Any) -> str:
     """Why forks are not kept on this server; empty where they are."""
-    from sglang.srt.runtime_context import get_parallel
-
-    tree, parallel, args = scheduler.tree_cache, get_parallel(), scheduler.server_args
-    tier, speculates = tier_of(args), not scheduler.spec_algorithm.is_none()
-    device = torch.device(scheduler.tp_worker.model_runner.device).type
-    reasons = {
-        "off: --rksc-lease-seconds is 0": lease_seconds() == 0.0,
-        f"{type(tree).__name__} is not SGLang's unified radix tree": not hasattr(tree, "tree_core"),
-        "the prefix cache is off": bool(tree.disable),
-        "its layers do not all have KV of every token": tree.supports_swa() or tree.supports_mamba(),
-        "pipeline parallelism": parallel.pp_size > 1,
-        "data-parallel attention": bool(args.enable_dp_attention),
-        "disaggregation": scheduler.disaggregation_mode.value != "null",
-        "KV is sharded over ranks": bool(args.enable_kv_cache_sharding),
-        "HiSparse": bool(scheduler.enable_hisparse),
-        "diffusion": scheduler.dllm_config is not None,
-    }
-    untested = {
-        f"it was not run with KV in another tier ({tier})": bool(tier),
-        f"it was not run with speculative decoding ({args.speculative_algorithm})": speculates,
-        f"it was not run on {device}": device != "cpu",
-    }
-    if os.environ.get(ALLOW_VARIABLE) != "1":
-        reasons |= untested
-    return next((reason for reason, found in reasons.items() if found), "")
+    return "off: --rksc-lease-seconds is 0" if lease_seconds() == 0.0 else refusal_of_memory(scheduler)
 
 
 _keepers: WeakKeyDictionary[Any, Keeper | None] = WeakKeyDictionary()

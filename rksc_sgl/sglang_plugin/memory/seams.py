@@ -8,23 +8,31 @@ from typing import Any
 from rksc_sgl.memory.retraction import order_to_keep, retracted_together
 from rksc_sgl.sglang_plugin.memory.ending import group_that_ended
 from rksc_sgl.sglang_plugin.memory.keeper import keeper_of_tree, known_keeper_of
+from rksc_sgl.sglang_plugin.memory.slots import shared_slots_of
 
 
 def evict_with_leases(
     original: Callable[..., Any], tree_cache: Any, params: Any, *, allocation_reclaim_satisfied: Any = None
 ) -> Any:
-    """AROUND hook: where unleased KV does not do, leases end one after the other."""
+    """AROUND hook: where unleased KV does not do, leases end one after the other.
+
+    A slot that has another owner is not free when the tree evicts it, so it may have to evict more than was asked for.
+    """
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-    keeper = keeper_of_tree(tree_cache)
-    if keeper is None or allocation_reclaim_satisfied is not None:
+    keeper, allocator = keeper_of_tree(tree_cache), tree_cache.token_to_kv_pool_allocator
+    shared = shared_slots_of(allocator)
+    if (keeper is None and shared is None) or allocation_reclaim_satisfied is not None:
         return original(tree_cache, params, allocation_reclaim_satisfied=allocation_reclaim_satisfied)
-    allocator = tree_cache.token_to_kv_pool_allocator
     wanted = allocator.available_size() + params.num_tokens
     result = original(tree_cache, params)
-    while allocator.available_size() < wanted and keeper.give_way():
-        more = original(tree_cache, EvictParams(num_tokens=wanted - allocator.available_size()))
-        result.num_tokens_evicted += more.num_tokens_evicted
+    found = result.num_tokens_evicted
+    while (missing := wanted - allocator.available_size()) > 0:
+        goes_on = shared is not None and shared.surplus > 0 and found > 0
+        if not goes_on and (keeper is None or not keeper.give_way()):
+            break
+        found = original(tree_cache, EvictParams(num_tokens=missing)).num_tokens_evicted
+        result.num_tokens_evicted += found
     return result
 
 

@@ -88,7 +88,7 @@ def _take_prompt(scheduler: Any, req: Any) -> None:
     plan, own = state.merge, prompt_of(req)
     assert plan is not None and state.sharing.similarity is not None, "a branch left its batch without a merge"
     replace_prompt(scheduler, req, own.size, plan.donor)
-    req.extra_key, state.blended, state.blend = plan.extra_key, False, None  # it might have been blended
+    req.extra_key, state.blended, state.shift, state.blend = plan.extra_key, False, 0, None  # might have been blended
     if plan.key is not None:
         alias = Alias(req.rid, own, plan.donor, state.sharing.similarity)
         queue_of(scheduler).table.add_alias(plan.key, alias)

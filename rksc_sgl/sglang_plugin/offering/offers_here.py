@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from rksc_sgl.sglang_plugin.memory import slots
 from rksc_sgl.sglang_plugin.offering.server_facts import facts_of
 from rksc_sgl.sglang_plugin.offering.walkable import prove_walkable
 from rksc_sgl.sglang_plugin.passes import pass_clock, taking_over, token_confidence
@@ -32,6 +33,7 @@ def make_offers(scheduler: Any) -> None:
         with torch.no_grad():
             taking_over.prepare(runner, probe_layers(runner))
         budget.make_room(scheduler)
+        slots.prepare(scheduler)
         certified_blends.read_certificate(scheduler)
     if any(offers_by(scheduler)[name].offered for name in IN_INTERVALS):
         pass_clock.start(scheduler)

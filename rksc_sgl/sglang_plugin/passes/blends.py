@@ -31,6 +31,7 @@ from rksc_sgl.layer_passes.contract import Decision, LayerPass
 from rksc_sgl.placement.report import SharingReport
 from rksc_sgl.placement.values import BlendPlan
 from rksc_sgl.sglang_plugin.branch_state import BranchState
+from rksc_sgl.sglang_plugin.memory.slots import shared_slots_of, use_slots
 from rksc_sgl.sglang_plugin.passes.attention_adapters import most_runs
 from rksc_sgl.sglang_plugin.passes.claims import Batch
 from rksc_sgl.sglang_plugin.passes.heard_queries import HeardQueries
@@ -55,6 +56,7 @@ class BlendJob:
         always: bool ``[n]``, computed whatever they moved; of the whole prompt, so that chunks break nothing.
         slots: ``[m]`` of all its tokens until the end of the pass, the new ones last.
         asking: int64 ``[w]``, those of its new tokens that say what they attend to.
+        stays: bool ``[n]``, new tokens that stand at the very positions at which they do in the donor.
     """
 
     place: int
@@ -64,6 +66,7 @@ class BlendJob:
     always: NDArray[np.bool_]
     slots: torch.Tensor
     asking: NDArray[np.int64]
+    stays: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,10 @@ class Blends:
     def __init__(self, batch: Batch, jobs: Sequence[BlendJob], rows: DonorRows, heard: HeardQueries) -> None:
         self._batch, self._jobs, self._rows, self._heard = batch, jobs, rows, heard
         self._starts = [0, *accumulate(job.source.size for job in jobs)]
+        self._allocator = batch.tree_cache.token_to_kv_pool_allocator
+        self._stays = np.concatenate([job.stays for job in jobs])
+        if shared_slots_of(self._allocator) is None:
+            self._stays[:] = False
 
     def stops(self) -> Collection[int]:
         return (probe_layers(self._batch.runner),)
@@ -116,7 +123,7 @@ class Blends:
         for (job, begin, compared), some in zip(beside, runs, strict=True):
             left = _outside(some, job.source.size)
             taken.append(begin + left.nonzero()[0])
-            _report(job, compared, int(left.sum()), layer)
+            _report(job, compared, int(left.sum()), int(self._stays[taken[-1]].sum()), layer)
         self._take_over(np.concatenate(taken or [np.empty(0, dtype=np.int64)]), layer)
         return Decision(runs={job.place: some for (job, _, _), some in zip(beside, runs, strict=True)})
 
@@ -137,10 +144,26 @@ class Blends:
         return None if most is None else most - others
 
     def _take_over(self, taken: NDArray[np.int64], probe: int) -> None:
-        """Bring the donors' KV of these rows over, in every layer after the probe."""
-        if taken.size:
-            (rows,) = to_device([taken], self._rows.own.device)
+        """Use the donors' slots for those of these rows that stand where they do there, and copy the others' KV.
+
+        A slot is one of every layer, so that what was computed of such a row in the probe is given up with its own.
+        """
+        stays = self._stays[taken]
+        if not stays.all():
+            (rows,) = to_device([taken[~stays]], self._rows.own.device)
             take_over(self._batch.runner, self._rows, rows, probe)
+        if stays.any():
+            self._use_slots(taken[stays])
+
+    def _use_slots(self, taken: NDArray[np.int64]) -> None:
+        requests, jobs = self._batch.requests, self._jobs
+        first = self._batch.forward_batch.extend_prefix_lens_cpu
+        table_rows = [np.full(job.source.size, requests[job.place].kv.req_pool_idx) for job in jobs]
+        positions = [first[job.place] + np.arange(job.source.size) for job in jobs]
+        where = (np.concatenate(part)[taken] for part in (table_rows, positions))
+        rows, *places = to_device([taken, *where], self._rows.own.device)
+        table = self._batch.schedule_batch.req_to_token_pool.req_to_token
+        use_slots(self._allocator, table, (places[0], places[1]), self._rows.theirs[rows])
 
 
 def _compare(job: BlendJob, deviation: torch.Tensor, attended: torch.Tensor) -> Compared:
@@ -159,9 +182,10 @@ def _outside(runs: Sequence[tuple[int, int]], length: int) -> NDArray[np.bool_]:
     return left
 
 
-def _report(job: BlendJob, compared: Compared, taken: int, layers: int) -> None:
+def _report(job: BlendJob, compared: Compared, taken: int, shared: int, layers: int) -> None:
     moved = int((compared.computed & compared.candidate).sum())
     _count(job.state.sharing, taken, job.source.size, moved, compared.similar, layers)
+    job.state.sharing.shared_slots = (job.state.sharing.shared_slots or 0) + shared
 
 
 def claim(batch: Batch) -> Blends | None:
@@ -209,7 +233,10 @@ def _job(batch: Batch, place: int, req: Any, plan: BlendPlan, resident: int) -> 
     always[: known.size] = plan.always[begin : begin + length]
     own = batch.schedule_batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : begin + length]
     complete = req.extend_end >= len(req.origin_input_ids)
-    return BlendJob(place, req.rksc, plan, source, always, own, asking(length, complete=complete))
+    stays = source == begin + req.rksc.shift + np.arange(length)
+    if req.beam_group is not None:
+        stays[:] = False
+    return BlendJob(place, req.rksc, plan, source, always, own, asking(length, complete=complete), stays)
 
 
 def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tensor]) -> tuple[DonorRows, HeardQueries]:
@@ -219,11 +246,11 @@ def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tenso
     donors = [0, *accumulate(one.numel() for one in slots)]
     here = [np.arange(starts[job.place], starts[job.place + 1]) for job in jobs]
     there = [first + job.source.clip(0) for first, job in zip(donors, jobs, strict=False)]
-    new = [whole.extend_prefix_lens_cpu[job.place] + np.arange(job.source.size) for job in jobs]
+    new = [whole.extend_prefix_lens_cpu[job.place] + job.state.shift + np.arange(job.source.size) for job in jobs]
     old = [job.source.clip(0) for job in jobs]
     device = whole.out_cache_loc.device
     ask = [own[job.asking] for own, job in zip(here, jobs, strict=True)]
-    places = [own[job.asking] for own, job in zip(new, jobs, strict=True)]
+    places = [own[job.asking] - job.state.shift for own, job in zip(new, jobs, strict=True)]
     arrays = [np.concatenate(part) for part in (here, there, old, new, ask, places)]
     rows, sources, old_places, new_places, *heard = to_device(arrays, device)
     theirs = torch.cat([one.to(device, torch.int64) for one in slots])[sources]

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rksc_sgl.layer_passes.contract import PassPolicy
 from rksc_sgl.layer_passes.runner import run_pass
 from rksc_sgl.metrics import PROBE_SECONDS, counters
@@ -55,6 +57,8 @@ def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     scheduled = _scheduled.get()
+    if scheduled is not None:
+        shift_positions(forward_batch, scheduled.reqs)
     if scheduled is None or forward_batch.forward_mode != ForwardMode.EXTEND:
         return original(runner, forward_batch, *args, **kwargs)
     claimed = _claim(runner, forward_batch, scheduled)
@@ -69,6 +73,21 @@ def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *
     finally:
         forward_batch.forward_mode = ForwardMode.EXTEND
         _claimed.reset(token)
+
+
+def shift_positions(forward_batch: Any, requests: Sequence[Any]) -> None:
+    """Tokens of a shifted branch stand at later positions than their places in their sequence.
+
+    Rotary positions matter by their differences only, so that nothing but rounding changes.
+    """
+    shifts = [0 if req.rksc is None else req.rksc.shift for req in requests]
+    if not any(shifts):
+        return
+    later = torch.tensor(shifts)
+    if not forward_batch.forward_mode.is_decode():
+        later = later.repeat_interleave(torch.tensor(forward_batch.extend_seq_lens_cpu))
+    positions = forward_batch.positions
+    forward_batch.positions = positions + later.to(positions.device, positions.dtype)
 
 
 def run_layers(

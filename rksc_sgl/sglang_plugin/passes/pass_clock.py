@@ -173,9 +173,9 @@ def _tried(scheduler: Any, known: PassCost, device: str) -> PassCost | None:
         return None
     scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
     with torch.no_grad(), scheduler.forward_stream_ctx:
-        timed = [Timed(tokens, _seconds(scheduler, runner, tokens, device)) for tokens in (FEW, many)]
+        short, long = (Timed(tokens, _seconds(scheduler, runner, tokens, device)) for tokens in (FEW, many))
     scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
-    found = tokens_of_two(*timed, known.overlaps)
+    found = tokens_of_two(short, long, known.overlaps)
     tokens = torch.tensor([found], dtype=torch.float64, device=runner.device)
     return PassCost(int(agreement()(tokens)), known.overlaps)
 

@@ -35,6 +35,7 @@ from rksc_sgl.placement.values import Branch, ForkFacts, Placement, Resident
 from rksc_sgl.placement.worth import LEAST_TOKENS
 from rksc_sgl.sglang_plugin.branch_state import BranchState, Phase
 from rksc_sgl.sglang_plugin.memory.keeper import keeper_for
+from rksc_sgl.sglang_plugin.memory.slots import share_slots
 from rksc_sgl.sglang_plugin.offering.offers_here import offers_by
 from rksc_sgl.sglang_plugin.passes.common_values import common_values
 from rksc_sgl.sglang_plugin.passes.exit_profiles import profiles_of
@@ -58,6 +59,7 @@ class PlacingQueue:
         table: the forks, their anchors, donors and aliases.
         residents: prompts of all namespaces; None until a request asks for ``share_scope="cache"``.
         server: what this server can do with prompts.
+        shares_slots: whether blended branches may use slots of their donors.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -65,6 +67,7 @@ class PlacingQueue:
         self.table: ForkTable[Any] = ForkTable()
         self.residents: ResidentPrompts | None = None
         self.server = server_of(scheduler)
+        self.shares_slots = share_slots(scheduler)
         self._offers = offers_by(scheduler)
         self._centre: torch.Tensor | None = None
 
@@ -216,12 +219,23 @@ class _Step:
     def _branch(self, req: Any, options: RequestOptions) -> Branch:
         tree_cache, namespace = self.scheduler.tree_cache, namespace_of(req)
         exact = resident_tokens(tree_cache, req.origin_input_ids, namespace)
-        blended, whole = 0, refusal_of_splitting(req) if options.blends else ""
+        blended, shift, most, whole = 0, 0, 0, refusal_of_splitting(req) if options.blends else ""
         if options.blends and not whole:
-            beside = namespace._replace(extra_key=blended_key(namespace.extra_key))
-            blended = resident_tokens(tree_cache, req.origin_input_ids, beside)
+            most = self._most_shift(req)
+            known = [] if options.group is None else self.table.shifts_of(ForkKey(options.group, *namespace))
+            for one in (0, *sorted(known)):
+                beside = namespace._replace(extra_key=blended_key(namespace.extra_key, one))
+                found = resident_tokens(tree_cache, req.origin_input_ids, beside) if one <= most else 0
+                blended, shift = max((blended, shift), (found, one), key=lambda there: there[0])
         fixed = refusal_of_replacing(req) if options.merges else ""
-        return Branch(options, prompt_of(req), namespace, exact, blended, fixed, whole)
+        return Branch(options, prompt_of(req), namespace, exact, blended, shift, most, fixed, whole)
+
+    def _most_shift(self, req: Any) -> int:
+        """By how many positions a request may be shifted; 0 where slots have one owner."""
+        if not self.queue.shares_slots or req.beam_group is not None:
+            return 0
+        generated = req.sampling_params.max_new_tokens or 0
+        return max(0, int(self.scheduler.model_config.context_len) - len(req.origin_input_ids) - generated)
 
     def _placement(self, branch: Branch, req: Any, state: BranchState) -> Placement:
         queue, options = self.queue, branch.options
@@ -332,7 +346,10 @@ class _Step:
         if key is not None and placement.is_anchor:
             self.table.fork(key).anchor = Anchor(req, Donor(req.rid, prompt_of(req)))
         if placement.blended:
-            req.extra_key, state.blended = blended_key(req.extra_key), True
+            state.blended, state.shift = True, placement.shift
+            req.extra_key = blended_key(req.extra_key, placement.shift)
+            if key is not None and placement.shift:
+                self.table.fork(key).shifts.add(placement.shift)
         before, report = state.sharing, placement.report
         if before.alias_dropped:
             report.alias_dropped, report.declined = True, report.declined or before.declined

@@ -9,7 +9,7 @@ from rksc_sgl.cpu_platform import warm_fork, without_triton
 from rksc_sgl.on_import import when_imported
 from rksc_sgl.sglang_plugin import branch_state
 from rksc_sgl.sglang_plugin.inspection import openai_reports, report, routes
-from rksc_sgl.sglang_plugin.memory import seams
+from rksc_sgl.sglang_plugin.memory import seams, slots
 from rksc_sgl.sglang_plugin.merging import departures
 from rksc_sgl.sglang_plugin.offering import offers_here
 from rksc_sgl.sglang_plugin.one_request import routes as one_request_routes
@@ -33,6 +33,7 @@ _RUNNER = "sglang.srt.model_executor.model_runner"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _POLICY = "sglang.srt.managers.schedule_policy"
+_SLOTS = "sglang.srt.mem_cache.allocator.token"
 _TREE = "sglang.srt.mem_cache.unified_radix_cache"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state"
 
@@ -255,6 +256,42 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self",),
         process="scheduler",
         why="a flush ends what is kept of forks",
+    ),
+    Hook(
+        target=f"{_SLOTS}.TokenToKVPoolAllocator.free",
+        module=_SLOTS,
+        kind="around",
+        function=slots.free_unowned,
+        parameters=("self", "free_index"),
+        process="scheduler",
+        why="a slot that a blended branch uses besides its donor is free when both have let go of it",
+    ),
+    Hook(
+        target=f"{_SLOTS}.TokenToKVPoolAllocator.clear",
+        module=_SLOTS,
+        kind="before",
+        function=slots.forget_owners,
+        parameters=("self",),
+        process="scheduler",
+        why="a flush frees all slots, whoever owns them",
+    ),
+    Hook(
+        target=f"{_TREE}.UnifiedRadixCache.evictable_size",
+        module=_TREE,
+        kind="after",
+        function=slots.evictable_slots,
+        parameters=("self",),
+        process="scheduler",
+        why="what can be evicted is counted in slots, of which one may be in two nodes",
+    ),
+    Hook(
+        target=f"{_TREE}.UnifiedRadixCache.protected_size",
+        module=_TREE,
+        kind="after",
+        function=slots.protected_slots,
+        parameters=("self",),
+        process="scheduler",
+        why="the same for what is locked, so that SGLang's check for lost slots holds",
     ),
     Hook(
         target=f"{_BATCH}.ScheduleBatch._get_decode_retraction_order",
