@@ -20,14 +20,14 @@ WORKED = 40  # problems of a source that are only ever worked ones
 ALL = 100  # items that GSM8K has here
 WORKED_SEED = 1_000_000  # added for worked problems: a generator's neighbouring seeds give nearly the same problems
 
-OPENINGS = (
-    "Think step by step.",
+OPENINGS = (  # the longest first, so that what the others take over stands at positions that they can have
+    "First understand the question. Then compute what is asked, and double-check the arithmetic.",
     "Solve the following problem carefully. Show all your calculations.",
     "You are a careful mathematician who explains each step clearly. Take your time.",
     "Please read the problem twice before answering. Then explain your reasoning in detail.",
     "Break the problem into small steps, solve each one, and check your work.",
     "Hello. I need your help with this exercise. Please explain the solution clearly.",
-    "First understand the question. Then compute what is asked, and double-check the arithmetic.",
+    "Think step by step.",
     "Let us work through it systematically. Show how you reached the answer.",
 )
 CLOSING = "Show the steps, and end with 'The answer is ...'."

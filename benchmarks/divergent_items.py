@@ -18,13 +18,13 @@ from programs.asking import opened
 CHANGED = 4  # facts of every second branch that are others than the first branch's
 LEAST, MOST = 100, 999  # of the numbers
 
-OPENINGS = (
-    "Read the notes below with care, then answer the question about them.",
+OPENINGS = (  # the longest first, so that what the others take over stands at positions that they can have
+    "Here is a long report. It is not in any order. At its end there is a question on one of its lines.",
     "You are given the chronicle of a county. Use nothing else to answer what is asked at the end.",
     "Below is what a traveller wrote down last spring. Someone wants to know one number from it.",
     "These lines come from an old almanac. Look up what is asked after them and reply briefly.",
     "A clerk has copied the following text by hand. Please find the entry that the question is about.",
-    "Here is a long report. It is not in any order. At its end there is a question on one of its lines.",
+    "Read the notes below with care, then answer the question about them.",
     "Consider the records that follow; they are complete and correct. Then give the number that is asked for.",
     "The text after this sentence holds everything that you need. Do not guess, look it up, and answer.",
 )

@@ -202,6 +202,12 @@ def compute_fraction(report: Mapping[str, Any], layers: int) -> float:
     return 1.0 - taken * (layers - report["probe_layers"]) / (layers * (taken + computed))
 
 
+def slots_fraction(report: Mapping[str, Any]) -> float:
+    """KV slots that a branch owns, as a share of its prompt."""
+    taken, computed = report.get("taken_tokens", 0), report.get("computed_tokens", 0)
+    return 1.0 - report.get("shared_slots", 0) / (taken + computed) if taken else 1.0
+
+
 def found_by(rows: Sequence[Row], arm: str) -> list[bool]:
     """Of the facts known to the exact run that an arm was asked for, whether it finds each."""
     return [row.finds(arm) for row in rows if row.known and arm in row.arms]
@@ -260,6 +266,7 @@ def quality(rows: Sequence[Row], arm: str, layers: int) -> dict[str, Any]:
     changed, unchanged = _by_change(rows)
     return {
         "compute_fraction": _mean([compute_fraction(report, layers) for report in reports]),
+        "kv_slots_per_branch_fraction": _mean([slots_fraction(report) for report in reports]),
         "blended": sum(bool(report.get("taken_tokens")) for report in reports),
         "kl_median": _rounded(_quantile(divergences, 0.5), 6),
         "kl_p95": _rounded(_quantile(divergences, 0.95), 6),

@@ -28,7 +28,7 @@ from rksc_sgl.calibration.risk_control import betting_p, check_share, fixed_sequ
 from rksc_sgl.errors import OptionError, ProfileError
 
 FORMAT = "rksc-blends"
-RULE = 2  # that says what a blend computes: what another rule did is certified of that rule only
+RULE = 3  # that says what a blend computes: what another rule did is certified of that rule only
 VERSION = RULE
 LEAST_RIGHT = 0.1  # of the branches on exact KV: where fewer are right, a right answer that is lost does not show
 LEAST_ANSWERED = 0.5  # of them, without known answers

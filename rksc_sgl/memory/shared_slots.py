@@ -8,7 +8,9 @@ no donor has to be kept for its slots' sake.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rksc_sgl.errors import RkscError
 
@@ -64,9 +66,9 @@ class SharedSlots:
         self.version += 1
         return freed[gone]
 
-    def owners(self, slots: torch.Tensor) -> torch.Tensor:
-        """int32 ``[n]``, how many owners each of these slots has beyond its first."""
-        return self._more[slots]
+    def counts(self) -> NDArray[np.int32]:
+        """``[slots + 1]``, how many owners each slot has beyond its first; only read, and of a pool on the CPU."""
+        return self._more.numpy()
 
     def clear(self) -> None:
         """Every slot is free."""

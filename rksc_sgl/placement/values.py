@@ -23,11 +23,11 @@ class Branch:
         ids: int64 ``[n]`` its prompt.
         namespace: what SGLang keeps its KV apart by.
         exact, blended: how many of its tokens the tree has under its own key, and under that of blended KV.
-        shift: at how many positions later than from 0 on that blended KV stands.
-        most_shift: at how many positions later its KV may stand, for there to be room for what it generates; 0 where
-            slots have one owner, so that nothing is gained by it.
         fixed: why its prompt cannot be replaced by another; empty if it can.
         whole: why every layer of every token must be computed for it; empty if not.
+        shift: at how many positions later than from 0 on the blended KV stands.
+        most_shift: at how many positions later its KV may stand, for there to be room for what it generates; 0 where
+            slots have one owner, so that nothing is gained by it.
     """
 
     options: RequestOptions
@@ -35,10 +35,10 @@ class Branch:
     namespace: Namespace
     exact: int
     blended: int
-    shift: int = 0
-    most_shift: int = 0
     fixed: str = ""
     whole: str = ""
+    shift: int = 0
+    most_shift: int = 0
 
     @property
     def little_left(self) -> bool:

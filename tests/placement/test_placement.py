@@ -61,10 +61,17 @@ def prompt(*parts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def branch(
-    ids: NDArray[np.int64], exact: int = 0, blended: int = 0, fixed: str = "", whole: str = "", **options: Any
+    ids: NDArray[np.int64],
+    exact: int = 0,
+    blended: int = 0,
+    fixed: str = "",
+    whole: str = "",
+    shift: int = 0,
+    most_shift: int = 0,
+    **options: Any,
 ) -> Branch:
     asked = RequestOptions(**{"group": "g", "branches": 8, "share": "blend", **options})
-    return Branch(asked, ids, SPACE, exact, blended, fixed, whole)
+    return Branch(asked, ids, SPACE, exact, blended, fixed, whole, shift, most_shift)
 
 
 def compared(one: Branch) -> Comparisons:
@@ -284,3 +291,30 @@ def test_common_beginnings_are_counted_in_tokens() -> None:
     beside = Comparison(Donor("d", np.array([1, 2, 3])), np.array([1, 2, 4, 5]), 16, TOKENIZER)
     assert beside.common == 2 and not beside.begins_with_donor
     assert Comparison(Donor("d", np.array([1, 2])), np.array([1, 2, 4]), 16, TOKENIZER).begins_with_donor
+
+
+@pytest.mark.parametrize(
+    ("donor", "ids", "most_shift", "shift"),
+    [
+        (OTHER, DONOR, 14, 14),  # what both have stands 14 positions later in the longer one
+        (OTHER, DONOR, 13, 0),  # there is no room
+        (DONOR, OTHER, 100, 0),  # no position is below 0
+        (prompt(words(1, 9), OTHER), prompt(words(2, 30), MATERIAL[:100], words(3, 4), MATERIAL[100:]), 90, 6),
+    ],
+)
+def test_a_branch_stands_where_most_of_it_stands_in_its_donor(
+    donor: NDArray[np.int64], ids: NDArray[np.int64], most_shift: int, shift: int
+) -> None:
+    placement = in_fork(branch(ids, most_shift=most_shift), ForkFacts(donors=(whole("donor", donor),)))
+    assert placement.blend is not None
+    assert placement.shift == placement.blend.shift == shift
+
+
+def test_a_branch_whose_blended_kv_is_there_goes_on_where_that_stands() -> None:
+    known = branch(DONOR, blended=300, shift=5, most_shift=100)
+    in_its_fork = in_fork(known, ForkFacts(donors=(whole("donor", OTHER),)))
+    assert in_its_fork.blended and in_its_fork.blend is not None and in_its_fork.shift == in_its_fork.blend.shift == 5
+    alone = place_alone(branch(DONOR, blended=300, shift=5, op="verify"))
+    assert alone.blended and alone.shift == 5
+    exact = place_alone(branch(DONOR, exact=400, blended=300, shift=5, op="verify"))
+    assert not exact.blended and exact.shift == 0

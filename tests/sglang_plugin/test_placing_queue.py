@@ -40,6 +40,8 @@ def queue_with(monkeypatch: pytest.MonkeyPatch) -> Made:
         scheduler = SimpleNamespace(
             tp_worker=SimpleNamespace(model_runner=Runner(model_config=config, device="cpu")),
             tree_cache=None,
+            token_to_kv_pool_allocator=Runner(),
+            model_config=SimpleNamespace(context_len=2048),
             tokenizer=None,
             page_size=1,
             waiting_queue=list(requests),
@@ -58,6 +60,7 @@ def request(rid: str, ids: list[int], **options: Any) -> Any:
         cached_tokens=0,
         return_logprob=False,
         return_hidden_states=False,
+        sampling_params=SimpleNamespace(max_new_tokens=16),
         **dict.fromkeys(("extra_key", "cache_salt", "lora_id", "session", "beam_group")),
         **dict.fromkeys(("multimodal_inputs", "input_embeds", "positional_embed_overrides")),
         finished=lambda: False,
@@ -83,6 +86,20 @@ def test_siblings_wait_where_what_they_save_without_the_anchor_is_worth_a_pass(
     waiting = branches(count, common)
     assert len(queue_with(*waiting).place()) == held
     assert [one.rksc.phase is Phase.HELD for one in waiting] == [False, *[held > 0] * (count - 1)]
+
+
+@pytest.mark.parametrize(("shares", "anchor"), [(True, "branch 2"), (False, "branch 0")])
+def test_where_slots_are_shared_the_longest_of_those_that_arrive_together_is_the_anchor(
+    queue_with: Made, shares: bool, anchor: str
+) -> None:
+    waiting = branches(4, 400, share="blend")
+    for branch, opening in zip(waiting, (8, 30, 40, 20), strict=True):
+        branch.origin_input_ids[:0] = range(1000 + 100 * opening, 1000 + 100 * opening + opening)
+    queue = queue_with(*waiting)
+    queue.shares_slots = shares
+    queue.place()
+    assert [one.rid for one in waiting if one.rksc.phase is Phase.PLACED] == [anchor]
+    assert [one.rid for one in queue.scheduler.waiting_queue] == [f"branch {index}" for index in range(4)]
 
 
 def test_only_branches_of_the_same_fork_and_namespace_count_as_siblings(queue_with: Made) -> None:

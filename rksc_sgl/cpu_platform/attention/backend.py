@@ -13,7 +13,9 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from rksc_sgl.cpu_platform.kv_pool import LazyMHATokenToKVPool
+from rksc_sgl.memory.shared_slots import SharedSlots
 
+from .common_first import CommonFirst
 from .kernels import LogitRule, Workspace, planned_attention
 from .packed import PackedRows
 from .plan import AttentionPlan, HeadShape, build_plan
@@ -81,6 +83,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self._workspace = Workspace()
         self.packed: PackedRows | None = None
+        self._common_first: CommonFirst | None = None
         pool = self.token_to_kv_pool
         self.plain_pool = type(pool) is LazyMHATokenToKVPool and not pool.use_hnd and pool.store_dtype == pool.dtype
 
@@ -203,11 +206,24 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         """The pass's plan for layers of a kind."""
         plans = self.plans_of(forward_batch).plans
         if key not in plans:
-            plans[key] = build_plan(self.sequences(forward_batch, key.swa_slots), key.heads, window=key.window)
+            sequences = self.sequences(forward_batch, key.swa_slots, any_order=key.window is None)
+            plans[key] = build_plan(sequences, key.heads, window=key.window)
         return plans[key]
 
-    def sequences(self, forward_batch: Any, swa_slots: bool = False) -> tuple[QuerySequence, ...]:
-        """The batch from its own tensors, which are on the CPU here and right also with overlapped scheduling."""
+    def share_slots(self, shared: SharedSlots) -> None:
+        """From now on slots of its pool may have several owners; these are theirs."""
+        self._common_first = CommonFirst(shared)
+
+    def sequences(
+        self, forward_batch: Any, swa_slots: bool = False, *, any_order: bool = True
+    ) -> tuple[QuerySequence, ...]:
+        """The batch from its own tensors, which are on the CPU here and right also with overlapped scheduling.
+
+        Args:
+            forward_batch: the batch.
+            swa_slots: slots of the sliding-window sub-pool instead of the full one's.
+            any_order: the slots of a prefix may come in another order than by position: no layer has a window.
+        """
         if forward_batch.forward_mode.is_decode():
             prefix_lens = [max(length - 1, 0) for length in forward_batch.seq_lens.tolist()]
             extend_lens = [1] * len(prefix_lens)
@@ -221,7 +237,8 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
             # Positions that have left the window have no slot any more; they are never visible.
             table = self.token_to_kv_pool.translate_loc_from_full_to_swa(full).clamp_(min=0)
             pool_rows = list(range(len(pool_rows)))
-        return batch_sequences(table, pool_rows, prefix_lens, extend_lens)
+        order = self._common_first if any_order and not swa_slots else None
+        return batch_sequences(table, pool_rows, prefix_lens, extend_lens, order)
 
 
 def _is_planned(layer: Any, forward_batch: Any) -> bool:

@@ -10,6 +10,8 @@ import torch
 
 from rksc_sgl.errors import OptionError
 
+from .common_first import CommonFirst
+
 
 @dataclass(frozen=True, eq=False)
 class QuerySequence:
@@ -18,7 +20,9 @@ class QuerySequence:
     Row ``row + i`` asks for position ``prefix + i`` and may attend to positions ``0 .. prefix + i``.
     """
 
-    slots: np.ndarray  # [prefix + tokens] integer slots in the KV pool, by position
+    slots: (
+        np.ndarray
+    )  # [prefix + tokens] integer slots in the KV pool, by position; without a window the prefix's in any order
     prefix: int  # positions before the first query row
     tokens: int  # number of query rows, at least 1
     row: int  # first of its rows in the batch's query tensor
@@ -43,6 +47,7 @@ def batch_sequences(
     pool_rows: Listing[int],
     prefix_lens: Listing[int],
     extend_lens: Listing[int],
+    order: CommonFirst | None = None,
 ) -> tuple[QuerySequence, ...]:
     """Sequences of a batch whose query rows follow each other in the order given.
 
@@ -51,6 +56,7 @@ def batch_sequences(
         pool_rows: row of ``req_to_token`` of each sequence; a row may come more than once.
         prefix_lens: positions before each sequence's first query row.
         extend_lens: query rows of each sequence; one with 0 rows is left out.
+        order: puts the slots of prefixes in another order; None leaves them by position.
 
     Raises:
         OptionError: lengths of the lists differ, or a length is negative or larger than ``max_context``.
@@ -70,7 +76,10 @@ def batch_sequences(
                 f"{capacity}, the width of req_to_token"
             )
         if tokens:
-            sequences.append(QuerySequence(table[pool_row, : prefix + tokens], prefix, tokens, row))
+            slots = table[pool_row, : prefix + tokens]
+            if order is not None and prefix:
+                slots = np.concatenate([order.ordered(pool_row, slots[:prefix]), slots[prefix:]])
+            sequences.append(QuerySequence(slots, prefix, tokens, row))
         row += tokens
     return tuple(sequences)
 

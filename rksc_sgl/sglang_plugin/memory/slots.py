@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from rksc_sgl.cpu_platform.attention.backend import RkscCpuAttnBackend
 from rksc_sgl.memory.settings import PRIVATE_SLOTS_VARIABLE
 from rksc_sgl.memory.shared_slots import SharedSlots
 from rksc_sgl.sglang_plugin.memory.tried import refusal_of_memory
@@ -33,7 +34,10 @@ def prepare(scheduler: Any) -> None:
         logger.info("rksc: blended branches copy all that they take over: %s", refusal)
         return
     allocator = scheduler.token_to_kv_pool_allocator
-    _shared[allocator] = SharedSlots(allocator.size, allocator.device)
+    shared = _shared[allocator] = SharedSlots(allocator.size, allocator.device)
+    backend = scheduler.tp_worker.model_runner.attn_backend
+    if isinstance(backend, RkscCpuAttnBackend):
+        backend.share_slots(shared)
 
 
 def _refusal(scheduler: Any) -> str:

@@ -82,10 +82,8 @@ class PlacingQueue:
             self.server = replace(self.server, pass_cost=cost)
         step = _Step(self)
         held = set(withheld)
-        for req in self.scheduler.waiting_queue:
-            state: BranchState | None = req.rksc
-            if state is None or req.rid in withheld:
-                continue
+        for req in self._longest_first(req for req in self.scheduler.waiting_queue if req.rid not in withheld):
+            state: BranchState = req.rksc
             if state.phase is Phase.NEW:
                 self._tell_offers(state)
             if state.phase is Phase.COMPUTED:  # retracted: it goes on with what was decided for it
@@ -97,6 +95,25 @@ class PlacingQueue:
             elif step.place_or_hold(req, state):
                 held.add(req.rid)
         return held
+
+    def _longest_first(self, waiting: Iterable[Any]) -> list[Any]:
+        """Those that opted in, of each fork that blends the longest prompt first.
+
+        What others have in common with it then stands at later positions there, so that they can be shifted to these
+        and use its slots (:attr:`~rksc_sgl.placement.compare.Comparison.shift`).
+        """
+        asked = [req for req in waiting if req.rksc is not None]
+        if not self.shares_slots:
+            return asked
+        places: dict[str, list[int]] = {}
+        for place, req in enumerate(asked):
+            options = req.rksc.options
+            if req.rksc.phase is Phase.NEW and options.group is not None and options.blends:
+                places.setdefault(options.group, []).append(place)
+        for some in places.values():
+            longest = max(some, key=lambda place: len(asked[place].origin_input_ids))
+            asked[some[0]], asked[longest] = asked[longest], asked[some[0]]
+        return asked
 
     def _place_plainly(self, state: BranchState) -> None:
         """A request that shares what SGLang finds for it; it is told where the server refuses more."""
@@ -228,7 +245,7 @@ class _Step:
                 found = resident_tokens(tree_cache, req.origin_input_ids, beside) if one <= most else 0
                 blended, shift = max((blended, shift), (found, one), key=lambda there: there[0])
         fixed = refusal_of_replacing(req) if options.merges else ""
-        return Branch(options, prompt_of(req), namespace, exact, blended, shift, most, fixed, whole)
+        return Branch(options, prompt_of(req), namespace, exact, blended, fixed, whole, shift, most)
 
     def _most_shift(self, req: Any) -> int:
         """By how many positions a request may be shifted; 0 where slots have one owner."""
