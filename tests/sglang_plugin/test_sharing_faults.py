@@ -83,8 +83,10 @@ def ended(answer: dict[str, Any]) -> str:
 
 
 def told(text: str, share: str) -> list[str]:
-    """The problem, and three other prompts that can share with it in this way."""
-    return [text, *(reworded(text, begin) if share == "merge" else begin + text for begin in STARTS[:3])]
+    """The problem, and three other prompts that can share with it in this way; of those of blends the longest first."""
+    if share == "merge":
+        return [text, *(reworded(text, begin) for begin in STARTS[:3])]
+    return sorted([text, *(begin + text for begin in STARTS[:3])], key=len, reverse=True)
 
 
 @pytest.mark.parametrize("share", ["merge", "blend"])

@@ -108,7 +108,7 @@ class PlacingQueue:
         places: dict[str, list[int]] = {}
         for place, req in enumerate(asked):
             options = req.rksc.options
-            if req.rksc.phase is Phase.NEW and options.group is not None and options.blends:
+            if req.rksc.is_undecided and options.group is not None and options.blends:
                 places.setdefault(options.group, []).append(place)
         for some in places.values():
             longest = max(some, key=lambda place: len(asked[place].origin_input_ids))
