@@ -14,6 +14,7 @@ MOST_DONORS = 4  # of one fork; the oldest goes first
 MOST_ALIASES = 256  # of one fork; the oldest goes first
 MOST_TOKENS = 4_000_000  # of all donors and aliases together, 32 MB of token ids
 MOST_FORKS = 4096
+NEXT_S, ALL_S = 0.02, 0.2  # how long a fork's next branch is waited for, and all of them, before the first is computed
 
 Request = TypeVar("Request")
 
@@ -106,6 +107,23 @@ class Fork(Generic[Request]):
     donors: list[Donor] = field(default_factory=list)
     aliases: list[Alias] = field(default_factory=list)
     shifts: set[int] = field(default_factory=set)
+    _arrived: int = 0
+    _first_s: float = 0.0
+    _last_s: float = 0.0
+
+    def arriving(self, waiting: int, branches: int, now: float) -> bool:
+        """Whether more of its branches are likely to come in a moment: one came just now, and not all are there.
+
+        Args:
+            waiting: branches of it that wait.
+            branches: that it has.
+            now: seconds.
+        """
+        if not self._arrived:
+            self._first_s = now
+        if waiting > self._arrived:
+            self._arrived, self._last_s = waiting, now
+        return waiting < branches and now - self._last_s < NEXT_S and now - self._first_s < ALL_S
 
     @property
     def tokens(self) -> int:

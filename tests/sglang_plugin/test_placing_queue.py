@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rksc_sgl.donors.forks import NEXT_S
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.sglang_plugin.branch_state import BranchState, Phase
 from rksc_sgl.sglang_plugin.inspection.report import request_report
@@ -100,6 +101,39 @@ def test_where_slots_are_shared_the_longest_of_those_that_arrive_together_is_the
     queue.place()
     assert [one.rid for one in waiting if one.rksc.phase is Phase.PLACED] == [anchor]
     assert [one.rid for one in queue.scheduler.waiting_queue] == [f"branch {index}" for index in range(4)]
+
+
+def test_the_first_of_a_fork_wait_a_moment_for_those_that_come_with_them(
+    queue_with: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(queue_module.time, "monotonic", lambda: now[0])
+    first, longer, *rest = branches(5, 400, share="blend", branches=5)
+    longer.origin_input_ids[:0] = range(1000, 1040)
+    queue = queue_with(first)
+    queue.shares_slots = queue.awaits = True
+    assert queue.place() == {first.rid} and first.rksc.phase is Phase.NEW
+    now[0] += NEXT_S / 2
+    queue.scheduler.waiting_queue.append(longer)
+    assert queue.place() == {first.rid, longer.rid}
+    now[0] += 2 * NEXT_S  # nobody came in the meantime
+    assert queue.place() == {first.rid} and longer.rksc.phase is Phase.PLACED, "its shorter sibling waits for its KV"
+    queue.scheduler.waiting_queue.extend(rest)
+    queue.place()
+    assert all(one.rksc.phase is Phase.HELD for one in (first, *rest)), "these wait for the anchor, and not for others"
+
+
+def test_where_all_of_a_fork_are_there_nobody_waits_for_more(queue_with: Made) -> None:
+    waiting = branches(3, 400, share="blend", branches=3)
+    queue = queue_with(*waiting)
+    queue.shares_slots = queue.awaits = True
+    queue.place()
+    assert waiting[0].rksc.phase is Phase.PLACED
+    short = branches(1, 40, share="blend", branches=3)
+    queue = queue_with(*short)
+    queue.shares_slots = queue.awaits = True
+    queue.place()
+    assert short[0].rksc.phase is Phase.PLACED, "its prefill takes no longer than the moment"
 
 
 def test_only_branches_of_the_same_fork_and_namespace_count_as_siblings(queue_with: Made) -> None:

@@ -16,6 +16,7 @@ What a branch gets is decided in :mod:`rksc_sgl.placement`; here the tree is rea
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
@@ -40,6 +41,7 @@ from rksc_sgl.sglang_plugin.offering.offers_here import offers_by
 from rksc_sgl.sglang_plugin.passes.common_values import common_values
 from rksc_sgl.sglang_plugin.passes.exit_profiles import profiles_of
 from rksc_sgl.sglang_plugin.passes.pass_clock import clock_of
+from rksc_sgl.sglang_plugin.passes.ranks import tp_group
 from rksc_sgl.sglang_plugin.passes.split_pass import probe_layers
 from rksc_sgl.sglang_plugin.placing import certified_blends
 from rksc_sgl.sglang_plugin.placing.budget import admitting
@@ -49,6 +51,7 @@ from rksc_sgl.sglang_plugin.tree import blended_key, is_reserved, resident_token
 
 logger = logging.getLogger(__name__)
 
+LONG = 256  # tokens of a prompt whose prefill is long beside the moment that its siblings are waited for
 NO_ROOM = "no room to compute what all prompts have in common"
 
 
@@ -60,6 +63,7 @@ class PlacingQueue:
         residents: prompts of all namespaces; None until a request asks for ``share_scope="cache"``.
         server: what this server can do with prompts.
         shares_slots: whether blended branches may use slots of their donors.
+        awaits: whether the first branches of a fork wait a moment for others, so that the longest is the anchor.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -68,6 +72,7 @@ class PlacingQueue:
         self.residents: ResidentPrompts | None = None
         self.server = server_of(scheduler)
         self.shares_slots = share_slots(scheduler)
+        self.awaits = self.shares_slots and tp_group().world_size == 1  # ranks would not agree when a moment is over
         self._offers = offers_by(scheduler)
         self._centre: torch.Tensor | None = None
 
@@ -205,6 +210,9 @@ class _Step:
             state.waited_passes += 1
             return True
         options, key = state.options, _fork_of(req, state.options)
+        if key is not None and self._awaits_siblings(key, req, options):
+            state.waited_passes += 1
+            return True
         if options.merges and options.group is not None and self._follow_alias(req, state, options.group):
             self._place(state, key)
             return False
@@ -219,6 +227,14 @@ class _Step:
         self._carry_out(placement, req, state)
         self._place(state, key)
         return False
+
+    def _awaits_siblings(self, key: ForkKey, req: Any, options: RequestOptions) -> bool:
+        """Whether the first of a fork wait a moment for those that come with them, one of which may be longer."""
+        queue, fork = self.queue, self.table.fork(key)
+        fresh = fork.anchor is None and not fork.donors and not fork.shifts
+        if not (queue.awaits and fresh and options.blends and len(req.origin_input_ids) >= LONG):
+            return False
+        return fork.arriving(self._waiting[key], options.branches, time.monotonic())
 
     def _place(self, state: BranchState, key: ForkKey | None) -> None:
         """A request waits no longer, and is none of its siblings that do."""
