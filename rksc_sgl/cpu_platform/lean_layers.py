@@ -52,6 +52,7 @@ def use_lean_layers(model: torch.nn.Module) -> str:
     stack.forward = lean.forward  # type: ignore[union-attr, method-assign]
     if lean.interval is not None:
         model.forward_split_prefill = lean.forward_split_prefill  # type: ignore[method-assign]
+        model.rksc_write_kv = lean.write_kv  # type: ignore[assignment]
     return LEAN if lean.native is None else COMPILED
 
 
@@ -167,17 +168,36 @@ class _Layer:
         memory: _Memory,
     ) -> None:
         """What this layer adds to the hidden states ``[rows, hidden]``, in place."""
-        qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
-        turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
-        given = (turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :])
-        for hook in self.attn._forward_pre_hooks.values():  # as a call of the module would, for those who only listen
-            hook(self.attn, (*given, batch))
-        out = backend.attend(*given, self.attn, batch)
+        out = backend.attend(*self._given(hidden, turn, batch), self.attn, batch)
         hidden.add_(through(self.output, out))
         gate_up = memory.of(len(hidden), self.gate_up.weight.shape[0])
         gate, up = through(self.gate_up, _normed(hidden, self.before_mlp), gate_up).chunk(2, dim=-1)
         gated = torch.ops.aten.silu.out(gate, out=memory.of(len(hidden), gate.shape[1])).mul_(up)
         hidden.add_(through(self.down, gated))
+
+    def write_kv(
+        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], backend: RkscCpuAttnBackend, batch: Any
+    ) -> None:
+        """The first step of :meth:`add_to` alone: KV is written, and nothing added."""
+        _, keys, values = self._given(hidden, turn, batch)
+        backend.write(keys, values, self.attn, batch)
+
+    @property
+    def share_of_kv(self) -> float:
+        """What of the layer's products :meth:`write_kv` takes."""
+        sizes = [linear.weight.shape.numel() for linear in (self.qkv, self.output, self.gate_up, self.down)]
+        return sizes[0] / sum(sizes)
+
+    def _given(
+        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values ``[rows, heads, dim]`` that its attention is given."""
+        qkv = through(self.qkv, _normed(hidden, self.before_attention)).unflatten(1, (-1, self.head_dim))
+        turned = _turned(self._with_norms(qkv[:, : self.turned]), *turn)
+        given = (turned[:, : self.queries], turned[:, self.queries :], qkv[:, self.turned :])
+        for hook in list(self.attn._forward_pre_hooks.values()):  # as a call of the module would, for who only listens
+            hook(self.attn, (*given, batch))
+        return given
 
     def _with_norms(self, heads: torch.Tensor) -> torch.Tensor:
         """Queries and keys ``[rows, heads, dim]``, with their norms where the layer has some."""
@@ -245,6 +265,26 @@ class LeanStack:
         if end < len(self.layers):
             return None
         return self.interval(input_ids, positions, forward_batch, (end, end))  # final norm and logits
+
+    def write_kv(self, forward_batch: Any, layer: int) -> float:
+        """Write one layer's KV of a batch in which all layers before it have run, and run no more of it.
+
+        Args:
+            forward_batch: in mode SPLIT_PREFILL.
+            layer: from 1.
+
+        Returns:
+            What of the layer's products that took; 0 where nothing was done, because the batch is not served here.
+        """
+        from sglang.srt.layers.layer_boundary.residual import batch as residual
+
+        backend = _backend()
+        if not self._serves(backend, forward_batch, _INTERVAL_MODES):
+            return 0.0
+        one = self.layers[layer]
+        hidden = residual.stream_of(forward_batch).snapshot(forward_batch.hidden_states)
+        one.write_kv(hidden, _turn(one.rotary.cos_sin_cache, forward_batch.positions), backend, forward_batch)
+        return one.share_of_kv
 
     def _run(
         self, start: int, end: int, hidden: torch.Tensor, positions: torch.Tensor, backend: Any, batch: Any

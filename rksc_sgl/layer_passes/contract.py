@@ -31,8 +31,15 @@ class LayerPass(Protocol):
     def lengths(self) -> Sequence[int]:
         """New tokens of each sequence of the batch."""
 
+    @property
+    def depth(self) -> float:
+        """How many layers have run for all that was there; a fraction where one has run in part."""
+
     def run_to(self, layer: int) -> None:
         """Run until ``layer`` layers have run."""
+
+    def run_to_kv(self, layer: int) -> None:
+        """Run until ``layer`` layers have their KV of all tokens; the last of them need not have run otherwise."""
 
     def last_states(self, places: Sequence[int]) -> torch.Tensor:
         """``[places, hidden]`` last position of these sequences, all there, with the final norm applied."""
@@ -65,7 +72,7 @@ class PassPolicy(Protocol):
     """Somebody who looks at a pass between its layers, for the sequences of the batch that it claimed.
 
     Attributes:
-        probes: whether it compares prompts after the first layers; the time until then is counted.
+        probes: whether it compares prompts after the first layers, by their KV alone; the time until then is counted.
     """
 
     probes: bool

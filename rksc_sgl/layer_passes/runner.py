@@ -42,9 +42,13 @@ def _run(layer_pass: LayerPass, policies: Sequence[PassPolicy]) -> PassOutcome:
     layer = 0
     while stop := min((stop for policy in policies for stop in policy.stops() if stop > layer), default=0):
         layer = stop
-        layer_pass.run_to(layer)
+        looking = [one for one in policies if layer in one.stops()]
+        if all(policy.probes for policy in looking):
+            layer_pass.run_to_kv(layer)
+        else:
+            layer_pass.run_to(layer)
         before = dict(runs)
-        for policy in [one for one in policies if layer in one.stops()]:
+        for policy in looking:
             decision = policy.look(layer, layer_pass, runs.keys())
             for place in decision.leaving:
                 del runs[place]

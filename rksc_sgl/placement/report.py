@@ -15,7 +15,7 @@ class SharingReport:
         donor: the request whose KV or prompt was taken, or could have been.
         aligned_tokens: tokens of the branch that the donor has too.
         similarity: of hidden states: 1 - mean deviation of a blend's tokens, or the gate's score of a merge.
-        probe_layers: layers that ran for every token.
+        probe_layers: layers that ran for every token; a fraction where one ran in part.
         taken_tokens: tokens whose KV was taken over, which is approximate.
         shared_slots: of these, those for which the donor's own slots are used, so that they take no memory.
         computed_tokens: tokens that were computed in every layer.
@@ -30,7 +30,7 @@ class SharingReport:
     donor: str | None = None
     aligned_tokens: int | None = None
     similarity: float | None = None
-    probe_layers: int | None = None
+    probe_layers: float | None = None
     taken_tokens: int | None = None
     shared_slots: int | None = None
     computed_tokens: int | None = None

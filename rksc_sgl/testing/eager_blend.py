@@ -86,6 +86,7 @@ class EagerLlama:
         choose: Choice,
         *,
         probe: int,
+        own: int | None = None,
         after: Sequence[int] = (),
     ) -> EagerResult:
         """The first ``probe`` layers for every token; then what is to be computed, on the donor's keys and values.
@@ -94,6 +95,8 @@ class EagerLlama:
             ids: of the prompt.
             source: int64 ``[n]``, the donor position of each token, -1 where there is none.
             choose: of the prompt.
+            own: in so many first layers what is taken over has the KV that the probe computed; None is all of these.
+                Fewer are where a donor's slots are used, which are slots of every layer.
             after: tokens that follow the prompt and read it; all of them are computed.
 
         Returns:
@@ -101,19 +104,21 @@ class EagerLlama:
         """
         prompt, total = len(ids), len(ids) + len(after)
         hidden = self.inner.embed_tokens(torch.tensor([*ids, *after]))
-        rows, kv = torch.arange(total), []
+        rows, kv, entering = torch.arange(total), list[KV](), [hidden]
         for layer in self.inner.layers[:probe]:
             kv.append(self._kv(layer, hidden))
             probed = (layer, hidden[:prompt], kv[-1][0][:prompt])
             hidden = self._layer(layer, hidden, rows, kv[-1])
+            entering.append(hidden)
         attended, spread = (self._attended(*probed, complete=complete) for complete in (True, False))
         there = source.clamp(min=0)
         theirs = donor.kv[probe - 1][1][there].flatten(1)
         deviation = (kv[-1][1][:prompt].flatten(1) - theirs).norm(dim=1) / theirs.norm(dim=1)
         mask = torch.ones(total, dtype=torch.bool)
         mask[:prompt] = choose(Probed(source, deviation, attended, spread))
-        hidden, rows = hidden[mask], rows[mask]
-        for index, layer in enumerate(self.inner.layers[probe:], start=probe):
+        first = probe if own is None else own
+        hidden, rows, kv = entering[first][mask], rows[mask], kv[:first]
+        for index, layer in enumerate(self.inner.layers[first:], start=first):
             keys, values = (part.new_zeros(total, *part.shape[1:]) for part in donor.kv[index])
             keys[:prompt], values[:prompt] = (part[there] for part in donor.kv[index])
             keys[mask], values[mask] = self._kv(layer, hidden)

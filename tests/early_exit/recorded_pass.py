@@ -24,6 +24,13 @@ class RecordedPass:
         self.ran.append((layer, tuple(self.places)))
         self.layer = layer
 
+    def run_to_kv(self, layer: int) -> None:
+        self.run_to(layer)
+
+    @property
+    def depth(self) -> float:
+        return 0.0
+
     def last_states(self, places: Sequence[int]) -> torch.Tensor:
         assert set(places) <= set(self.places)
         return self.states[self.layer][list(places)]

@@ -23,6 +23,13 @@ class Pass:
     def run_to(self, layer: int) -> None:
         self.done.append(layer)
 
+    def run_to_kv(self, layer: int) -> None:
+        self.run_to(layer)
+
+    @property
+    def depth(self) -> float:
+        return 0.0
+
     def last_states(self, places: Sequence[int]) -> torch.Tensor:
         return torch.tensor(places)
 

@@ -46,13 +46,14 @@ def pair(seed: int) -> tuple[list[int], list[int]]:
 
 
 def eager_logprobs(
-    six_layers: SixLayers, donor: list[int], prompt: list[int], share: float, page: int = 1
+    six_layers: SixLayers, donor: list[int], prompt: list[int], share: float, page: int = 1, own: int = PROBE
 ) -> tuple[torch.Tensor, int]:
     """What plain tensors make of a blend: log-probabilities, and how many tokens were taken over."""
     source = torch.from_numpy(align(donor, prompt, 16).source)
     source[source >= len(donor) // page * page] = -1  # the tree keeps whole pages
     prefilled = six_layers.eager.prefill(donor)
-    found = six_layers.eager.blend(prompt, prefilled, source, served_choice(threshold=0.0, share=share), probe=PROBE)
+    choice = served_choice(threshold=0.0, share=share)
+    found = six_layers.eager.blend(prompt, prefilled, source, choice, probe=PROBE, own=own)
     return found.logits[-1].log_softmax(-1), int((~found.computed).sum())
 
 
@@ -361,7 +362,9 @@ def test_a_branch_with_a_shorter_opening_uses_its_donors_slots(served: Served, s
     served.ask(donor, branch("slots", 0))
     before = served.stats()
     answer = served.ask(prompt, branch("slots", 1, deviation=0.0))
-    expected, taken = eager_logprobs(six_layers, donor, prompt, 0.1)
+    expected, taken = eager_logprobs(
+        six_layers, donor, prompt, 0.1, own=1
+    )  # it attends in the second layer to the donor's
     report = report_of(answer)
     assert report["taken_tokens"] == report["shared_slots"] == taken > 300
     for token, value in logprobs_of(answer).items():

@@ -46,7 +46,9 @@ def job(place: int, table: torch.Tensor) -> BlendJob:
     source, always = np.arange(length), np.zeros(length, dtype=np.bool_)
     plan = BlendPlan(Donor("d", np.arange(300)), None, source, always, RequestOptions())
     ask = asking(length, complete=COMPLETE[place])
-    return BlendJob(place, BranchState(RequestOptions()), plan, source, always, table[place, : begin + length], ask)
+    stays = np.zeros(length, dtype=np.bool_)
+    own = table[place, : begin + length]
+    return BlendJob(place, BranchState(RequestOptions()), plan, source, always, own, ask, stays)
 
 
 def plainly(queries: torch.Tensor, keys: torch.Tensor, place: int) -> torch.Tensor:
@@ -67,7 +69,13 @@ def test_each_sequence_is_asked_by_its_own_tokens_at_their_own_places(runner: An
     table = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(2))[:450].view(3, 150)
     slots = torch.cat([table[place, PREFIXES[place] : PREFIXES[place] + LENGTHS[place]] for place in range(3)])
     forward_batch = SimpleNamespace(extend_prefix_lens_cpu=PREFIXES, extend_seq_lens_cpu=LENGTHS, out_cache_loc=slots)
-    batch = Batch(runner, forward_batch, SimpleNamespace(reqs=[]), "", lambda found: found)
+    batch = Batch(
+        runner,
+        forward_batch,
+        SimpleNamespace(reqs=[], tree_cache=SimpleNamespace(token_to_kv_pool_allocator=object)),
+        "",
+        lambda found: found,
+    )
     jobs = [job(place, table) for place in PLACES]
     rows, heard = _rows_of(batch, jobs, [torch.arange(450, 600), torch.arange(450, 600)])
     queries = torch.randn(sum(LENGTHS), HEADS * SIZE, generator=torch.Generator().manual_seed(3))

@@ -31,7 +31,8 @@ def test_a_merged_branch_goes_on_exactly_as_the_prompt_that_it_took(served: Serv
     report = report_of(merged)
     assert (report["mode"], report["donor"]) == ("merge", anchor["meta_info"]["id"])
     assert (report["merged_tokens"], report["reused_tokens"]) == (len(canonical) - 1, 0)
-    assert (report["replaced_tokens"], report["probe_layers"]) == (len(own), 2)
+    assert report["replaced_tokens"] == len(own)
+    assert 1.0 < report["probe_layers"] < 1.5, "of the second layer only KV is computed"
     assert 0.0 < report["similarity"] < 1.0 and "declined" not in report
     assert merged["output_ids"] == anchor["output_ids"]
     assert logprobs_of(merged) == pytest.approx(logprobs_of(anchor), abs=1e-4)

@@ -41,6 +41,15 @@ class Pool:
         return self.values[layer]
 
 
+class Tree:
+    """Of a server whose slots have one owner."""
+
+    token_to_kv_pool_allocator = object
+
+
+PROBED: Any = SimpleNamespace(depth=2.0)
+
+
 def job(place: int, every: int) -> BlendJob:
     """A sequence of which every so many tokens must be computed; its donor has all of it in other slots."""
     always = np.zeros(TOKENS, dtype=np.bool_)
@@ -48,7 +57,8 @@ def job(place: int, every: int) -> BlendJob:
     options = RequestOptions(recompute=0.05)
     plan = BlendPlan(Donor("d", np.arange(TOKENS)), None, np.arange(TOKENS), always, options)
     slots = torch.arange(TOKENS) + (2 * place + 1) * TOKENS
-    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always, slots, np.arange(8))
+    stays = np.ones(TOKENS, dtype=np.bool_)  # but slots have one owner here
+    return BlendJob(place, BranchState(RequestOptions()), plan, np.arange(TOKENS), always, slots, np.arange(8), stays)
 
 
 def rows_of(jobs: list[BlendJob]) -> DonorRows:
@@ -65,9 +75,9 @@ def decided(
     config = SimpleNamespace(num_hidden_layers=LAYERS)
     pool = pool or Pool(2 * len(jobs) * TOKENS)
     runner = SimpleNamespace(model=None, model_config=config, token_to_kv_pool=pool, attn_backend=backend)
-    batch = Batch(runner, None, SimpleNamespace(reqs=[]), "", lambda mask: mask)
+    batch = Batch(runner, None, SimpleNamespace(reqs=[], tree_cache=Tree()), "", lambda mask: mask)
     heard: Any = SimpleNamespace(attention_received=lambda sequences: None)  # all are attended to alike
-    return dict(Blends(batch, jobs, rows_of(jobs), heard).look(2, None, range(there)).runs)  # type: ignore[arg-type]
+    return dict(Blends(batch, jobs, rows_of(jobs), heard).look(2, PROBED, range(there)).runs)  # type: ignore[arg-type]
 
 
 def test_a_backend_that_takes_few_sequences_gets_fewer_runs_and_nothing_is_left_out(
@@ -159,7 +169,7 @@ def test_merges_of_a_batch_are_decided_by_one_transfer(monkeypatch: pytest.Monke
     ]
     runner = SimpleNamespace(token_to_kv_pool=pool)
     batch = Batch(runner, None, SimpleNamespace(reqs=[]), "", lambda found: transfers.append(found) or found)
-    decision = Merges(batch, jobs).look(2, None, range(4))  # type: ignore[arg-type]
+    decision = Merges(batch, jobs).look(2, PROBED, range(4))  # type: ignore[arg-type]
     assert decision.leaving == {0} and len(transfers) == 1
     assert jobs[0].state.phase is Phase.MERGED and jobs[0].state.sharing.similarity == pytest.approx(1.0)
     assert jobs[1].state.merge is None and jobs[1].state.sharing.declined == BELOW_TAU

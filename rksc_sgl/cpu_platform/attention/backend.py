@@ -130,7 +130,7 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         save_kv_cache: bool,
     ) -> torch.Tensor:
         if save_kv_cache and k is not None and v is not None:
-            self._write(k, v, layer, forward_batch)
+            self.write(k, v, layer, forward_batch)
         return self._read(q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim), layer, forward_batch)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
@@ -143,10 +143,11 @@ class RkscCpuAttnBackend(TorchNativeAttnBackend):
         Returns:
             ``[rows, q_heads * v_head_dim]``.
         """
-        self._write(k, v, layer, forward_batch)
+        self.write(k, v, layer, forward_batch)
         return self._read(q, layer, forward_batch)
 
-    def _write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+    def write(self, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+        """Put the rows' keys and values ``[rows, kv_heads, dim]`` into their slots."""
         pool, slots = self.token_to_kv_pool, forward_batch.out_cache_loc
         if not self.plain_pool or k.dtype != pool.dtype:
             pool.set_kv_buffer(layer, KVWriteLoc(slots, self.swa_out_cache_loc), k, v)

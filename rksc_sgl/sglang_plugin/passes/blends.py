@@ -123,7 +123,7 @@ class Blends:
         for (job, begin, compared), some in zip(beside, runs, strict=True):
             left = _outside(some, job.source.size)
             taken.append(begin + left.nonzero()[0])
-            _report(job, compared, int(left.sum()), int(self._stays[taken[-1]].sum()), layer)
+            _report(job, compared, int(left.sum()), int(self._stays[taken[-1]].sum()), layer_pass.depth)
         self._take_over(np.concatenate(taken or [np.empty(0, dtype=np.int64)]), layer)
         return Decision(runs={job.place: some for (job, _, _), some in zip(beside, runs, strict=True)})
 
@@ -182,7 +182,7 @@ def _outside(runs: Sequence[tuple[int, int]], length: int) -> NDArray[np.bool_]:
     return left
 
 
-def _report(job: BlendJob, compared: Compared, taken: int, shared: int, layers: int) -> None:
+def _report(job: BlendJob, compared: Compared, taken: int, shared: int, layers: float) -> None:
     moved = int((compared.computed & compared.candidate).sum())
     _count(job.state.sharing, taken, job.source.size, moved, compared.similar, layers)
     job.state.sharing.shared_slots = (job.state.sharing.shared_slots or 0) + shared
@@ -259,7 +259,7 @@ def _rows_of(batch: Batch, jobs: Sequence[BlendJob], slots: Sequence[torch.Tenso
     return beside, HeardQueries(batch.runner, probe_layers(batch.runner) - 1, *heard)
 
 
-def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: float, probe: int) -> None:
+def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: float, probe: float) -> None:
     """Add one forward pass to what is said of a branch."""
     before, similarity = report.taken_tokens or 0, report.similarity or 0.0
     report.mode = "blend"
@@ -267,5 +267,5 @@ def _count(report: SharingReport, taken: int, tokens: int, moved: int, similar: 
     report.computed_tokens = (report.computed_tokens or 0) + tokens - taken
     report.recomputed_tokens = (report.recomputed_tokens or 0) + moved
     report.replaced_tokens = 0
-    report.probe_layers = probe
+    report.probe_layers = round(probe, 2)
     report.similarity = round((similarity * before + similar * taken) / max(1, before + taken), 4)

@@ -35,15 +35,16 @@ class HeardQueries:
         self._pool = runner.token_to_kv_pool
         self._layer, self._rows, self._places = layer, rows, places
         self._queries: torch.Tensor | None = None
+        self._handle: Any = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """The first call of the layer's attention within is heard."""
-        handle = self._attention.register_forward_pre_hook(self._hear)
+        self._handle = self._attention.register_forward_pre_hook(self._hear)
         try:
             yield
         finally:
-            handle.remove()
+            self._handle.remove()
             self._queries = None
 
     def attention_received(self, sequences: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor | None:
@@ -74,6 +75,7 @@ class HeardQueries:
         if self._queries is None and given:
             queries = given[0].reshape(len(given[0]), attention.tp_q_head_num, -1)
             self._queries = queries[self._rows]
+            self._handle.remove()  # the layers of a compiled stack run one by one while somebody listens
 
 
 @cache

@@ -69,24 +69,26 @@ class Merges:
         sides = [slots for job in self._jobs for slots in (job.theirs, job.own)]
         found = self._batch.agree(torch.stack([pooled_values(pool, slots, layer) for slots in sides])).cpu()
         pairs = zip(self._jobs, found[::2], found[1::2], strict=True)
-        return Decision(leaving={job.place for job, theirs, own in pairs if _merge_if_similar(job, theirs, own, layer)})
+        return Decision(
+            leaving={job.place for job, theirs, own in pairs if _merge_if_similar(job, theirs, own, layer_pass.depth)}
+        )
 
     def write(self, output: Any) -> None:
         """Nothing: who left has no output, and the others' is their own."""
 
 
-def _merge_if_similar(job: MergeJob, theirs: torch.Tensor, own: torch.Tensor, layers: int) -> bool:
+def _merge_if_similar(job: MergeJob, theirs: torch.Tensor, own: torch.Tensor, layers: float) -> bool:
     """Decide for one branch, of pooled values on the host, and say so in its report; True where it leaves."""
     state = job.state
     assert job.plan.centre is not None, "a merge was planned without what all prompts have in common"
     score = pooled_similarity(theirs, own, job.plan.centre)
     similarity = round(score, 4) if math.isfinite(score) else None
     if score >= job.plan.tau:
-        state.sharing = SharingReport(donor=job.plan.donor.name, probe_layers=layers, similarity=similarity)
+        state.sharing = SharingReport(donor=job.plan.donor.name, probe_layers=round(layers, 2), similarity=similarity)
         state.enter(Phase.MERGED)
         return True
     if state.blend is None:  # else donor and similarity are the blend's
-        state.sharing.donor, state.sharing.probe_layers = job.plan.donor.name, layers
+        state.sharing.donor, state.sharing.probe_layers = job.plan.donor.name, round(layers, 2)
         state.sharing.similarity = similarity
     state.sharing.decline(BELOW_TAU)
     state.merge = None

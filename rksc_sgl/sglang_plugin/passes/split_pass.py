@@ -49,6 +49,7 @@ class SplitPass:
         self.runs: Sequence[Run] = [Run(place, 0, length) for place, length in enumerate(self.lengths)]
         self.rows: NDArray[np.int64] = np.arange(self.starts[-1])  # of the whole batch, that are still there
         self.layer = 0
+        self._share = 0.0  # of the layer after these, that has run for all that is there
         self._fresh = True  # attention metadata must be made for the current batch
         self._packing: Packing | None = None  # the current batch's attention, where it is not the backend's
 
@@ -56,6 +57,23 @@ class SplitPass:
         """Run until ``layer`` layers have run; not the last one, see :meth:`finish`."""
         if layer > self.layer:
             self._advance(layer)
+
+    @property
+    def depth(self) -> float:
+        """Layers that have run for all that was there; a fraction where of one only KV was computed."""
+        return self.layer + self._share
+
+    def run_to_kv(self, layer: int) -> None:
+        """Run until ``layer`` layers have their KV of all tokens.
+
+        Of the last of them only what KV needs is computed where the model can do that (``rksc_write_kv``, of the CPU
+        platform's own layers): whoever goes on runs it whole. Other models run it whole for all.
+        """
+        self.run_to(layer - 1)
+        write = getattr(self.runner.model, "rksc_write_kv", None)
+        self._share = 0.0 if write is None or layer == 1 else write(self.current, layer - 1)
+        if not self._share:
+            self.run_to(layer)
 
     def _hidden(self) -> torch.Tensor:
         """``[rows there, hidden]`` complete state between two layers."""
@@ -106,7 +124,7 @@ class SplitPass:
         with self._attention():
             fresh = self._fresh and self._packing is None
             result = self._run(self.current, reinit_attn_backend=fresh, forward_count=layer - self.layer)
-        self._fresh, self.layer = False, layer
+        self._fresh, self.layer, self._share = False, layer, 0.0
         return result
 
     def _attention(self) -> AbstractContextManager[None]:
