@@ -43,6 +43,8 @@ SGLang's own server with rksc in its processes. MODEL is an embedded model's nam
   --rksc-packed-attention
                          on Triton attention, computed tokens of a blend attend in one operation a layer, not run by run
                          (docs/support.md: not run on a GPU)
+  --rksc-private-slots   a blended branch copies all that it takes over, also where it could use its donor's slots
+                         (docs/sharing.md)
   --rksc-lease-seconds S keep forks whole when memory is short; what is kept of one goes after so long without a
                          request of it (default 30; 0 keeps nothing, docs/memory.md)
   --rksc-allow-untested  offer also what was never run on a server like this one (docs/support.md); every report

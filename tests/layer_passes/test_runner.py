@@ -24,7 +24,7 @@ class Pass:
         self.done.append(layer)
 
     def run_to_kv(self, layer: int) -> None:
-        self.run_to(layer)
+        self.done.append(f"KV of {layer}")
 
     @property
     def depth(self) -> float:
@@ -86,6 +86,17 @@ def test_a_verification_leaves_a_batch_in_which_others_are_blended() -> None:
     layer_pass = Pass(9, 5)
     run_pass(layer_pass, [blends, exits])
     assert layer_pass.done == [2, [(0, 3, 9), (1, 0, 5)], 4, [(0, 3, 9)], "finish"]
+
+
+def test_where_all_look_at_kv_alone_no_more_than_that_is_computed() -> None:
+    blends, merges, exits = (Policy({2: Decision()}), Policy({2: Decision()}), Policy({2: Decision(), 4: Decision()}))
+    blends.probes = merges.probes = True
+    layer_pass = Pass(9, 5)
+    run_pass(layer_pass, [blends, merges])
+    assert layer_pass.done == ["KV of 2", "finish"]
+    blends.decisions, layer_pass = {2: Decision(runs={0: [(3, 9)]})}, Pass(9, 5)
+    run_pass(layer_pass, [blends, exits])
+    assert layer_pass.done == [2, [(0, 3, 9), (1, 0, 5)], 4, "finish"], "exits read the states after the layer"
 
 
 def test_a_pass_that_nobody_needs_any_more_is_given_up_and_still_written() -> None:

@@ -1,7 +1,8 @@
 """The keeper of forks on SGLang's real tree and allocator, under a scheduler that is small enough to take any course.
 
 The scheduler here does with requests what SGLang's does with their KV: match, lock, evict, prefill, decode one token a
-step, retract, finish. After every step each slot must be free, in the tree, or a running request's own.
+step, retract, finish. After every step each slot must be free, in the tree, or a running request's own; where slots are
+shared, as blends do it, several of these own one, and none is free before all have let go of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from rksc_sgl.memory.retraction import order_to_keep, retracted_together
+from rksc_sgl.memory.shared_slots import SharedSlots
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.sglang_plugin.branch_state import BranchState
 
@@ -79,7 +81,7 @@ class Req:
 class World:
     """A pool, its tree, a keeper, and what a scheduler does."""
 
-    def __init__(self, pool: int, core: str, seed: int = 0) -> None:
+    def __init__(self, pool: int, core: str, seed: int = 0, shares: bool = False) -> None:
         import torch
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -106,6 +108,19 @@ class World:
         self.running = Batch([])
         self.finished: dict[str, Req] = {}
         self.retractions: list[list[str]] = []
+        self.shared, self.most_surplus = self._share_slots() if shares else None, 0
+
+    def _share_slots(self) -> SharedSlots:
+        """The hooks on allocator and tree, on these two alone."""
+        from rksc_sgl.sglang_plugin.memory import slots
+
+        allocator, tree, free, clear = self.allocator, self.tree, self.allocator.free, self.allocator.clear
+        shared = slots._shared[allocator] = SharedSlots(self.pool, "cpu")
+        allocator.free = lambda index: slots.free_unowned(lambda _, some: free(some), allocator, index)
+        allocator.clear = lambda: (slots.forget_owners(allocator), clear())
+        tree.evictable_size = lambda: slots.evictable_slots(tree.tree_core.evictable_size(), tree)
+        tree.protected_size = lambda: slots.protected_slots(tree.tree_core.protected_size(), tree)
+        return shared
 
     def _clock(self) -> float:
         self.keeper._last_now = self.now
@@ -206,10 +221,28 @@ class World:
             evict_with_leases(evict, self.tree, EvictParams(num_tokens=short))
 
     def _compute(self, req: Req) -> None:
+        if self.shared is not None and self.source.random() < 0.6:
+            self._use_slots_of_others(req, self.shared)
         self._publish(req, req.ids)
         req.output_ids.append(self.source.randrange(100))
         if len(req.output_ids) >= req.sampling_params.max_new_tokens:
             self._finish(req, "length")
+
+    def _use_slots_of_others(self, req: Req, shared: SharedSlots) -> None:
+        """Some of what a request computed is another's now, as with a blend."""
+        import torch
+
+        from rksc_sgl.sglang_plugin.tree import resident_slots
+
+        donor = self.source.choice([*self.running.reqs, *list(self.finished.values())[-6:]])
+        before = resident_slots(self.tree, req.ids[: req.prefix_len], None, None).tolist()
+        theirs = sorted(set(resident_slots(self.tree, donor.ids, None, None).tolist()) - {*before, *req.own})
+        count = self.source.randint(0, min(len(req.own) - 1, len(theirs)))
+        places, taken = self.source.sample(range(len(req.own)), count), self.source.sample(theirs, count)
+        shared.share(torch.tensor(taken, dtype=torch.int64))
+        self.allocator.free(torch.tensor([req.own[place] for place in places], dtype=torch.int64))
+        for place, slot in zip(places, taken, strict=True):
+            req.own[place] = slot
 
     def _publish(self, req: Req, ids: array[int]) -> None:
         """The tree takes over what a request computed of these ids."""
@@ -272,6 +305,8 @@ class World:
 
     def check(self) -> None:
         held = sum(len(req.own) for req in self.running.reqs)
+        if self.shared is not None:
+            self.most_surplus = max(self.most_surplus, self.shared.surplus)
         tree = self.tree.evictable_size() + self.tree.protected_size()
         assert self.allocator.available_size() + tree + held == self.pool, "a slot is lost or has two owners"
         locks = {lease for lease in self.keeper._locks}
@@ -370,9 +405,12 @@ def test_branches_of_the_fork_that_came_last_are_retracted_together(core: str) -
     assert {req.finished_reason for req in asked} == {"length"}
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["one owner", "several owners"])
 @pytest.mark.parametrize("seed", range(2))
-def test_in_ten_thousand_random_steps_no_slot_is_lost_and_everybody_is_served(core: str, seed: int) -> None:
-    world = World(90, core, seed)
+def test_in_ten_thousand_random_steps_no_slot_is_lost_and_everybody_is_served(
+    core: str, seed: int, shares: bool
+) -> None:
+    world = World(90, core, seed, shares)
     source, asked = world.source, []
     for number in range(2500):
         world.now += source.choice([0.0, 0.05, 0.3])
@@ -395,6 +433,8 @@ def test_in_ten_thousand_random_steps_no_slot_is_lost_and_everybody_is_served(co
             world.tree.reset()
             world.allocator.clear()
         world.step()
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
     for _ in range(4000):
         if not world.scheduler.waiting_queue and not world.running.reqs:
             break
@@ -405,3 +445,7 @@ def test_in_ten_thousand_random_steps_no_slot_is_lost_and_everybody_is_served(co
     world.keeper.idle()
     world.check()
     assert world.tree.protected_size() == 0
+    if world.shared is not None:
+        assert world.most_surplus > 30, "slots were shared"
+        world.tree.evict(EvictParams(num_tokens=10 * world.pool))
+        assert world.allocator.available_size() == world.pool and world.shared.surplus == 0

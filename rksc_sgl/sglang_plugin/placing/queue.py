@@ -110,11 +110,11 @@ class PlacingQueue:
         asked = [req for req in waiting if req.rksc is not None]
         if not self.shares_slots:
             return asked
-        places: dict[str, list[int]] = {}
+        places: dict[ForkKey, list[int]] = {}
         for place, req in enumerate(asked):
-            options = req.rksc.options
-            if req.rksc.is_undecided and options.group is not None and options.blends:
-                places.setdefault(options.group, []).append(place)
+            key = _fork_of(req, req.rksc.options)
+            if key is not None and req.rksc.is_undecided and req.rksc.options.blends:
+                places.setdefault(key, []).append(place)
         for some in places.values():
             longest = max(some, key=lambda place: len(asked[place].origin_input_ids))
             asked[some[0]], asked[longest] = asked[longest], asked[some[0]]
@@ -255,8 +255,8 @@ class _Step:
         blended, shift, most, whole = 0, 0, 0, refusal_of_splitting(req) if options.blends else ""
         if options.blends and not whole:
             most = self._most_shift(req)
-            known = [] if options.group is None else self.table.shifts_of(ForkKey(options.group, *namespace))
-            for one in (0, *sorted(known)):
+            known = {0}.union(*(self.table.shifts_of(key) for key in _family_of(req, options)))
+            for one in sorted(known):
                 beside = namespace._replace(extra_key=blended_key(namespace.extra_key, one))
                 found = resident_tokens(tree_cache, req.origin_input_ids, beside) if one <= most else 0
                 blended, shift = max((blended, shift), (found, one), key=lambda there: there[0])
@@ -373,6 +373,7 @@ class _Step:
 
     def _carry_out(self, placement: Placement, req: Any, state: BranchState) -> None:
         placement = self.queue.with_centre(placement)
+        family = _family_of(req, state.options)
         key = None if state.options.group is None else ForkKey(state.options.group, *namespace_of(req))
         if key is not None and placement.adopts is not None:
             self.table.add_donor(key, placement.adopts)
@@ -381,8 +382,9 @@ class _Step:
         if placement.blended:
             state.blended, state.shift = True, placement.shift
             req.extra_key = blended_key(req.extra_key, placement.shift)
-            if key is not None and placement.shift:
-                self.table.fork(key).shifts.add(placement.shift)
+            if placement.shift:
+                for one in family:
+                    self.table.fork(one).shifts.add(placement.shift)
         before, report = state.sharing, placement.report
         if before.alias_dropped:
             report.alias_dropped, report.declined = True, report.declined or before.declined
@@ -397,6 +399,12 @@ def _fork_of(req: Any, options: RequestOptions) -> ForkKey | None:
     if options.group is None or options.op != "branch":
         return None
     return ForkKey(options.group, *namespace_of(req))
+
+
+def _family_of(req: Any, options: RequestOptions) -> list[ForkKey]:
+    """The fork of a request, not placed yet, and the first one of those that it was forked of."""
+    groups = dict.fromkeys(group for group in (options.group, options.root) if group is not None)
+    return [ForkKey(group, *namespace_of(req)) for group in groups]
 
 
 def forget_old_weights(result: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
