@@ -49,7 +49,10 @@ def record(url: str, asked: Sequence[Item], options: argparse.Namespace) -> None
     """
     endpoint = Endpoint(url)
     names = [name for name in ARMS if name in options.arms]
-    settings = Settings(_model_of(endpoint), options.seed, options.branches, options.worked, options.max_tokens, names)
+    settings = Settings(
+        *(_model_of(endpoint), options.seed, options.branches, options.worked, options.max_tokens, names),
+        shared_slots=_shares_slots(endpoint),
+    )
     file = recordings(options.recordings)
     done = {row.key for row in file.resume(settings)}
     missing = [item for item in asked if item.key not in done]
@@ -137,6 +140,11 @@ def _shown(value: Any) -> str:
 
 def _model_of(endpoint: Endpoint) -> str:
     return Path(str(endpoint.model_info["served_model_name"])).name
+
+
+def _shares_slots(endpoint: Endpoint) -> bool:
+    info = endpoint.read_rksc_info() or {"schedulers": []}
+    return any(one["slots"]["refusal"] is None for one in info["schedulers"])
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Settings:
     max_tokens: int
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     rule: int = RULE  # that says what a blend computes
+    shared_slots: bool = False  # whether blended branches use slots of their donors
 
 
 @dataclass(frozen=True)

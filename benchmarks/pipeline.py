@@ -57,7 +57,7 @@ from benchmarks.result_files import write
 from programs.problems import READING, load_problems
 from rksc_sgl import Endpoint
 from rksc_sgl.model_fetch import DEFAULT_MODEL, resolve_model
-from rksc_sgl.server_arguments import server_arguments
+from rksc_sgl.server_arguments import server_arguments, without
 from rksc_sgl.server_process import ServerProcess
 
 NONE, STOCK, AGAIN, IN_PLACE, OURS, EXACT = "none", "stock", "stock again", "stock, in place", "ours", "ours, exact"
@@ -414,12 +414,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings=settings | {"depth": DEPTH},
             cells=[cell.plain() for cell in cells],
             defaults=[one.figures() for one in defaults],
-            command=shlex.join(
-                ["python", "-m", "benchmarks.pipeline", *(sys.argv[1:] if arguments is None else arguments)]
-            ),
+            command=shlex.join(["python", "-m", "benchmarks.pipeline", *asked_for(arguments)]),
         )
     print(json.dumps(result), flush=True)
     return 0
+
+
+def asked_for(arguments: Sequence[str] | None) -> list[str]:
+    """The command line, but for the file that the results go to."""
+    return without(sys.argv[1:] if arguments is None else arguments, "--out")
 
 
 if __name__ == "__main__":

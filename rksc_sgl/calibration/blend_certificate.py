@@ -106,6 +106,7 @@ class BlendCertificate:
         risk: of a right answer that is lost, less those that are won, and of a verdict that changes.
         alpha: 1 - confidence.
         least_tokens: of the shortest prompt that was recorded; nothing is known of shorter ones.
+        shared_slots: whether blended branches used slots of their donors, and so their KV of the first layers too.
         tested: all that was tested.
         workload: what was recorded, for people.
         created: ISO date.
@@ -116,6 +117,7 @@ class BlendCertificate:
     risk: float
     alpha: float
     least_tokens: int
+    shared_slots: bool = False
     tested: tuple[Tested, ...] = ()
     workload: str = ""
     created: str = field(default_factory=lambda: date.today().isoformat())
@@ -133,7 +135,8 @@ class BlendCertificate:
     @property
     def file_name(self) -> str:
         """Its name in a directory of profiles: one for each way to serve a model."""
-        return f"blends-{checksum(asdict(self.fingerprint))[:32]}.json"
+        served = {**asdict(self.fingerprint), "shared_slots": self.shared_slots}
+        return f"blends-{checksum(served)[:32]}.json"
 
     def save(self, path: Path) -> None:
         """Write the file; it appears complete or not at all, and replaces an older one in one step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -14,7 +14,8 @@ MOST_DONORS = 4  # of one fork; the oldest goes first
 MOST_ALIASES = 256  # of one fork; the oldest goes first
 MOST_TOKENS = 4_000_000  # of all donors and aliases together, 32 MB of token ids
 MOST_FORKS = 4096
-NEXT_S, ALL_S = 0.02, 0.2  # how long a fork's next branch is waited for, and all of them, before the first is computed
+MOST_SHIFTS = 16  # of one fork; each is a look into the tree for whoever comes back
+NEXT_S, ALL_S = 0.02, 0.2  # how long a fork's next branch is waited for, and how long any of them waits for others
 
 Request = TypeVar("Request")
 
@@ -100,30 +101,26 @@ class Fork(Generic[Request]):
         anchor: whom siblings wait for, if anybody.
         donors: oldest first.
         aliases: oldest first; the canonical donor of each is among the donors.
-        shifts: at how many positions later than from 0 on blended KV of its branches stands.
+        shifts: at how many positions later than from 0 on blended KV of its branches stands; the oldest first.
     """
 
     anchor: Anchor[Request] | None = None
     donors: list[Donor] = field(default_factory=list)
     aliases: list[Alias] = field(default_factory=list)
-    shifts: set[int] = field(default_factory=set)
+    shifts: list[int] = field(default_factory=list)
     _arrived: int = 0
-    _first_s: float = 0.0
     _last_s: float = 0.0
 
-    def arriving(self, waiting: int, branches: int, now: float) -> bool:
-        """Whether more of its branches are likely to come in a moment: one came just now, and not all are there.
+    def arriving(self, waiting: int, now: float) -> bool:
+        """Whether more of its branches are likely to come in a moment: one came just now.
 
         Args:
             waiting: branches of it that wait.
-            branches: that it has.
             now: seconds.
         """
-        if not self._arrived:
-            self._first_s = now
         if waiting > self._arrived:
             self._arrived, self._last_s = waiting, now
-        return waiting < branches and now - self._last_s < NEXT_S and now - self._first_s < ALL_S
+        return now - self._last_s < NEXT_S
 
     @property
     def tokens(self) -> int:
@@ -203,10 +200,18 @@ class ForkTable(Generic[Request]):
         fitting = (one for one in fork.aliases if np.array_equal(tokens[: one.tokens.size], one.tokens))
         return max(fitting, key=lambda one: one.tokens.size, default=None)
 
-    def shifts_of(self, key: ForkKey) -> Set[int]:
+    def shifts_of(self, key: ForkKey) -> Sequence[int]:
         """At how many positions later than from 0 on blended KV of a fork stands; none of one that is not known."""
         fork = self._forks.get(key)
-        return frozenset() if fork is None else fork.shifts
+        return () if fork is None else tuple(fork.shifts)
+
+    def note_shift(self, key: ForkKey, shift: int) -> None:
+        """Blended KV of a fork stands at so many later positions; the oldest of too many shifts is forgotten."""
+        shifts = self.fork(key).shifts
+        if shift in shifts:
+            shifts.remove(shift)
+        shifts.append(shift)
+        del shifts[:-MOST_SHIFTS]
 
     def anchors(self) -> Iterator[tuple[ForkKey, Anchor[Request]]]:
         """Every anchor that is waited for, or whose KV nobody has looked for yet."""

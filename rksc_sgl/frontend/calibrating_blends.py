@@ -83,6 +83,7 @@ class RunSettings:
     question: str
     labels: list[str]
     rule: int = 1  # that says what a blend computes; the first files did not name it
+    shared_slots: bool = False  # whether blended branches used slots of their donors
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def certify_on(
         RkscError: the server has no plugin or does not blend, or the recorded forks cannot be certified.
     """
     facts = _facts(endpoint)
-    fingerprint = facts["exit"]["fingerprint"]
+    fingerprint, shared_slots = facts["exit"]["fingerprint"], facts["slots"]["refusal"] is None
     run = RunSettings(
         fingerprint,
         plan.source,
@@ -189,6 +190,7 @@ def certify_on(
         plan.question,
         list(plan.labels),
         RULE,
+        shared_slots,
     )
     file = Recordings(recordings, RunSettings, RecordedBlends.of_plain, "recorded blends")
     done = {one.index: one for one in file.resume(run)}
@@ -217,6 +219,7 @@ def certify_on(
         risk=plan.risk,
         alpha=plan.alpha,
         least_tokens=min(tokens),
+        shared_slots=shared_slots,
         tested=tested,
         workload=plan.source,
     )

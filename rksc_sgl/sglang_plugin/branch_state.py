@@ -59,6 +59,7 @@ class BranchState:
         waits_for: the prompt that it waits for while HELD.
         waits_until: how many of that prompt's tokens must be in the tree.
         waited_passes: scheduling steps that it was held for.
+        arrived_s: when it was first made to wait for siblings that come with it; None where it was not.
         compared: its prompt beside donors; None before it was compared with one, and after it was placed.
         blended: it reads and writes the namespace of blended KV.
         shift: its tokens stand at so many positions later than from 0 on.
@@ -83,6 +84,7 @@ class BranchState:
     waits_for: Donor | None = None
     waits_until: int = 0
     waited_passes: int = 0
+    arrived_s: float | None = None
     compared: Comparisons | None = None
     blended: bool = False
     shift: int = 0

@@ -22,7 +22,7 @@ def blended_key(extra_key: str | None, shift: int = 0) -> str:
 def is_reserved(extra_key: str | Iterable[str] | None) -> bool:
     """Whether a client's ``extra_key`` is one that only we may use."""
     keys = [extra_key] if isinstance(extra_key, str) else list(extra_key or ())
-    return any(isinstance(key, str) and key.endswith(BLENDED) for key in keys)
+    return any(isinstance(key, str) and (key.endswith(BLENDED) or SHIFTED in key) for key in keys)
 
 
 def resident_tokens(tree_cache: Any, ids: Any, namespace: Namespace) -> int:

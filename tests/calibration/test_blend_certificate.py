@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rksc_sgl.calibration.blend_certificate import (
+    VERSION,
     BlendCertificate,
     BlendSetting,
     ForkLoss,
@@ -107,7 +108,7 @@ def test_a_file_that_is_damaged_is_refused_by_name(tmp_path: Path) -> None:
     certificate().save(path)
     whole = json.loads(path.read_text())
     for wrong, said in (
-        ({**whole, "version": 1}, "version 2"),
+        ({**whole, "version": 1}, f"version {VERSION}"),
         ({**whole, "format": "rksc-profile"}, "rksc-blends"),
         ({**whole, "body": {**whole["body"], "risk": 0.5}}, "sha256"),
         ({"format": "rksc-blends"}, "cannot be read"),

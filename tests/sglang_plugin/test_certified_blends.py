@@ -76,15 +76,19 @@ def certificate(fingerprint: Fingerprint) -> BlendCertificate:
 def test_only_a_certificate_of_this_model_as_it_is_served_counts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert certificate_in(tmp_path / "nowhere", HERE) is None
+    assert certificate_in(tmp_path / "nowhere", HERE, False) is None
     for other in (replace(HERE, model="other"), replace(HERE, dtype="bfloat16")):
         certificate(other).save(tmp_path / certificate(other).file_name)
     (tmp_path / "blends-a.json").write_text("{")
-    assert certificate_in(tmp_path, HERE) is None
+    assert certificate_in(tmp_path, HERE, False) is None
     assert "bfloat16" in caplog.text and "blends-a.json" in caplog.text and "other" not in caplog.text
+    shared = replace(certificate(HERE), shared_slots=True)
+    shared.save(tmp_path / shared.file_name)
+    assert certificate_in(tmp_path, HERE, False) is None and "slots of their donors" in caplog.text
+    assert certificate_in(tmp_path, HERE, True) == shared
     right = certificate(HERE)
     right.save(tmp_path / right.file_name)
-    assert certificate_in(tmp_path, HERE) == right
+    assert certificate_in(tmp_path, HERE, False) == right
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -118,7 +122,8 @@ def test_a_server_blends_without_being_asked_under_a_certificate_and_not_without
         assert (report["mode"], report["declined"]) == ("exact", "share auto takes identical prefixes only")
         assert info["certified_blend"] is None and "certified_blend" not in report
         fingerprint = Fingerprint.from_mapping(info["exit"]["fingerprint"])
-    made = certificate(fingerprint)
+    made = replace(certificate(fingerprint), shared_slots=info["slots"]["refusal"] is None)
+    assert made.shared_slots
     made.save(cache / "profiles" / made.file_name)
     with served(model, cache) as server:
         report, verify, info = asked(server)

@@ -19,6 +19,7 @@ from rksc_sgl.sglang_plugin.branch_state import BranchState, Phase
 from rksc_sgl.sglang_plugin.passes import common_values, taking_over
 from rksc_sgl.sglang_plugin.passes.blends import BlendJob, Blends
 from rksc_sgl.sglang_plugin.passes.claims import Batch
+from rksc_sgl.sglang_plugin.passes.forward import shifted_positions
 from rksc_sgl.sglang_plugin.passes.merges import BELOW_TAU, MergeJob, Merges
 from rksc_sgl.sglang_plugin.passes.split_pass import SplitPass
 from rksc_sgl.similarity.gate import pooled_similarity
@@ -176,3 +177,24 @@ def test_merges_of_a_batch_are_decided_by_one_transfer(monkeypatch: pytest.Monke
     assert -1.0 < (jobs[1].state.sharing.similarity or 1.0) < 0.9
     theirs, own = (common_values.pooled_values(pool, slots, 2) for slots in (jobs[1].theirs, jobs[1].own))
     assert jobs[1].state.sharing.similarity == round(pooled_similarity(theirs, own, centre), 4)
+
+
+@pytest.mark.parametrize(("decode", "tail"), [(True, 0), (True, 3), (False, 0)])
+def test_shifted_tokens_stand_later_and_nobody_else_does_and_only_within_the_pass(decode: bool, tail: int) -> None:
+    requests = [
+        SimpleNamespace(rksc=None),
+        SimpleNamespace(rksc=BranchState(RequestOptions(), shift=7)),
+        SimpleNamespace(rksc=BranchState(RequestOptions())),
+    ]
+    sizes = [1, 1, 1] if decode else [2, 3, 1]
+    rows = sum(sizes) + tail  # other beams of requests come after all requests
+    places = torch.arange(rows, dtype=torch.int64)
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: decode), extend_seq_lens_cpu=sizes, positions=places
+    )
+    later = [0] * sizes[0] + [7] * sizes[1] + [0] * (sizes[2] + tail)
+    with shifted_positions(batch, requests):
+        assert (batch.positions - places).tolist() == later and batch.positions.dtype == places.dtype
+    assert batch.positions is places, "sampling with a seed takes the places"
+    with shifted_positions(batch, requests[:1]):
+        assert batch.positions is places

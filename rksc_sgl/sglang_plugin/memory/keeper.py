@@ -186,7 +186,7 @@ class Keeper:
         need = self._whole_need(req)
         short = need - (self._evictable_and_free - self._promised(running))
         locks = [self._locks[lease] for lease in self.forks.breakable(unheard_since)]
-        if 0 < short <= sum(self._nodes_of(locks).values()):
+        if 0 < short <= sum(self._nodes_of(locks).values()) - surplus_of_locked(self._scheduler.tree_cache):
             self._make_room(need, running, spare=None, unheard_since=unheard_since)
 
     def _arrive(self, req: Any, now: float) -> None:

@@ -7,8 +7,8 @@ prepares the pass, and is told to run it as a split prefill where a policy claim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +54,19 @@ def remember_batch(original: Callable[..., Any], worker: Any, batch: Any = None,
 
 def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook: an extend batch of which a policy claims something runs as a split prefill."""
+    scheduled = _scheduled.get()
+    if scheduled is None:
+        return original(runner, forward_batch, *args, **kwargs)
+    with shifted_positions(forward_batch, scheduled.reqs):
+        return _in_mode(original, runner, forward_batch, scheduled, *args, **kwargs)
+
+
+def _in_mode(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, scheduled: Any, *args: Any, **kwargs: Any
+) -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    scheduled = _scheduled.get()
-    if scheduled is not None:
-        shift_positions(forward_batch, scheduled.reqs)
-    if scheduled is None or forward_batch.forward_mode != ForwardMode.EXTEND:
+    if forward_batch.forward_mode != ForwardMode.EXTEND:
         return original(runner, forward_batch, *args, **kwargs)
     claimed = _claim(runner, forward_batch, scheduled)
     if claimed is None:
@@ -75,19 +82,27 @@ def choose_mode(original: Callable[..., Any], runner: Any, forward_batch: Any, *
         _claimed.reset(token)
 
 
-def shift_positions(forward_batch: Any, requests: Sequence[Any]) -> None:
-    """Tokens of a shifted branch stand at later positions than their places in their sequence.
+@contextmanager
+def shifted_positions(forward_batch: Any, requests: Sequence[Any]) -> Iterator[None]:
+    """Within, tokens of a shifted branch stand at later positions than their places in their sequence.
 
-    Rotary positions matter by their differences only, so that nothing but rounding changes.
+    Rotary positions matter by their differences only, so that nothing but rounding changes. Sampling with a seed takes
+    positions, too, and comes after the pass: those are the places.
     """
     shifts = [0 if req.rksc is None else req.rksc.shift for req in requests]
     if not any(shifts):
+        yield
         return
-    later = torch.tensor(shifts)
+    later, places = torch.tensor(shifts), forward_batch.positions
     if not forward_batch.forward_mode.is_decode():
         later = later.repeat_interleave(torch.tensor(forward_batch.extend_seq_lens_cpu))
-    positions = forward_batch.positions
-    forward_batch.positions = positions + later.to(positions.device, positions.dtype)
+    # Rows after those of the requests are other beams of some, which are never shifted.
+    later = torch.nn.functional.pad(later, (0, places.numel() - later.numel()))
+    forward_batch.positions = places + later.to(places.device, places.dtype)
+    try:
+        yield
+    finally:
+        forward_batch.positions = places
 
 
 def run_layers(

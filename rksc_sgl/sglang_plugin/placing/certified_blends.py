@@ -20,6 +20,7 @@ from rksc_sgl.calibration.fingerprint import Fingerprint
 from rksc_sgl.errors import ProfileError
 from rksc_sgl.exit_settings import profile_directory
 from rksc_sgl.options import DEFAULT_DEVIATION, DEFAULT_MINIMUM_SPAN, DEFAULT_RECOMPUTE, RequestOptions
+from rksc_sgl.sglang_plugin.memory.slots import share_slots
 from rksc_sgl.sglang_plugin.passes.exit_profiles import profiles_of
 from rksc_sgl.sglang_plugin.passes.ranks import agreement
 
@@ -48,7 +49,7 @@ _certified: WeakKeyDictionary[Any, CertifiedBlend] = WeakKeyDictionary()
 def read_certificate(scheduler: Any) -> None:
     """Look for a certificate, on every rank alike: rank 0 says what it is."""
     fingerprint = profiles_of(scheduler.tp_worker.model_runner).fingerprint
-    found = None if fingerprint is None else certificate_in(profile_directory(), fingerprint)
+    found = None if fingerprint is None else certificate_in(profile_directory(), fingerprint, share_slots(scheduler))
     numbers = [0.0] * 4
     if found is not None:
         setting = found.setting
@@ -61,15 +62,24 @@ def read_certificate(scheduler: Any) -> None:
         logger.info("rksc: share auto blends, as is certified: %s", blend)
 
 
-def certificate_in(directory: Path, fingerprint: Fingerprint) -> BlendCertificate | None:
-    """The certificate of a server among the files of a directory; one that does not fit is said and left out."""
+def certificate_in(directory: Path, fingerprint: Fingerprint, shared_slots: bool) -> BlendCertificate | None:
+    """The certificate of a server among the files of a directory; one that does not fit is said and left out.
+
+    Args:
+        directory: of profiles.
+        fingerprint: of the model as it is served.
+        shared_slots: whether blended branches use slots of their donors there.
+    """
     for file in sorted(directory.glob("blends-*.json")):
         try:
             found = load(file)
         except ProfileError as error:
             logger.warning("rksc: certificate of blends ignored: %s", error)
             continue
-        differences = found.fingerprint.differences(fingerprint)
+        differences = list(found.fingerprint.differences(fingerprint))
+        if found.shared_slots != shared_slots:
+            here = "use" if shared_slots else "do not use"
+            differences.append(f"here blended branches {here} slots of their donors, there it was otherwise")
         if not differences:
             return found
         if found.fingerprint.model == fingerprint.model:

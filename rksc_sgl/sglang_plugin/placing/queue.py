@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rksc_sgl.donors.forks import Anchor, Donor, ForkKey, ForkTable, Namespace
+from rksc_sgl.donors.forks import ALL_S, Anchor, Donor, ForkKey, ForkTable, Namespace
 from rksc_sgl.donors.residents import ResidentPrompts
 from rksc_sgl.options import RequestOptions
 from rksc_sgl.placement.choose import Server, follow_alias, place_alone, place_beside, place_in_fork
@@ -202,6 +202,7 @@ class _Step:
     def __init__(self, queue: PlacingQueue) -> None:
         self.queue, self.table, self.scheduler = queue, queue.table, queue.scheduler
         self._gone: dict[ForkKey, bool] = {}
+        self._awaited: set[ForkKey] = set()  # forks of which more is likely to come in a moment
         self._prefilled: dict[ForkKey, int] = {}  # tokens of a fork's anchor that are in the tree
 
     def place_or_hold(self, req: Any, state: BranchState) -> bool:
@@ -232,9 +233,15 @@ class _Step:
         """Whether the first of a fork wait a moment for those that come with them, one of which may be longer."""
         queue, fork = self.queue, self.table.fork(key)
         fresh = fork.anchor is None and not fork.donors and not fork.shifts
-        if not (queue.awaits and fresh and options.blends and len(req.origin_input_ids) >= LONG):
+        if not (queue.awaits and fresh and options.blends) or options.branches <= self._waiting[key]:
             return False
-        return fork.arriving(self._waiting[key], options.branches, time.monotonic())
+        state, now = req.rksc, time.monotonic()
+        state.arrived_s = now if state.arrived_s is None else state.arrived_s
+        if now - state.arrived_s >= ALL_S:
+            return False
+        if key not in self._awaited and len(req.origin_input_ids) >= LONG and fork.arriving(self._waiting[key], now):
+            self._awaited.add(key)
+        return key in self._awaited
 
     def _place(self, state: BranchState, key: ForkKey | None) -> None:
         """A request waits no longer, and is none of its siblings that do."""
@@ -265,8 +272,8 @@ class _Step:
 
     def _most_shift(self, req: Any) -> int:
         """By how many positions a request may be shifted; 0 where slots have one owner."""
-        if not self.queue.shares_slots or req.beam_group is not None:
-            return 0
+        if not self.queue.shares_slots or req.beam_group is not None or req.session is not None:
+            return 0  # a session reads its own KV whatever the key, and so at positions that it was not told
         generated = req.sampling_params.max_new_tokens or 0
         return max(0, int(self.scheduler.model_config.context_len) - len(req.origin_input_ids) - generated)
 
@@ -384,7 +391,7 @@ class _Step:
             req.extra_key = blended_key(req.extra_key, placement.shift)
             if placement.shift:
                 for one in family:
-                    self.table.fork(one).shifts.add(placement.shift)
+                    self.table.note_shift(one, placement.shift)
         before, report = state.sharing, placement.report
         if before.alias_dropped:
             report.alias_dropped, report.declined = True, report.declined or before.declined
