@@ -153,7 +153,7 @@ def test_siblings_that_waited_for_one_anchor_run_in_one_pass(tmp_path: Any) -> N
     with counted_server(model, "--chunked-prefill-size", "600") as server:
         passes = Passes(server, model)
         material = passes._words(1, 400)
-        prompts = [[*passes._words(2 + index, 20 + index), *material] for index in range(4)]
+        prompts = [[*passes._words(2 + index, 23 - index), *material] for index in range(4)]
         asked = {"group": "together", "branches": 4, "share": "blend", "recompute": 0.0}
         passes._ask(prompts, [None] * 4)  # the server has compiled what it needs
         passes._flush()

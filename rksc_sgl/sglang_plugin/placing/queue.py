@@ -262,8 +262,8 @@ class _Step:
         blended, shift, most, whole = 0, 0, 0, refusal_of_splitting(req) if options.blends else ""
         if options.blends and not whole:
             most = self._most_shift(req)
-            known = {0}.union(*(self.table.shifts_of(key) for key in _family_of(req, options)))
-            for one in sorted(known):
+            shifts = () if options.group is None else self.table.shifts_of(ForkKey(options.group, *namespace))
+            for one in (0, *shifts):
                 beside = namespace._replace(extra_key=blended_key(namespace.extra_key, one))
                 found = resident_tokens(tree_cache, req.origin_input_ids, beside) if one <= most else 0
                 blended, shift = max((blended, shift), (found, one), key=lambda there: there[0])
@@ -380,7 +380,6 @@ class _Step:
 
     def _carry_out(self, placement: Placement, req: Any, state: BranchState) -> None:
         placement = self.queue.with_centre(placement)
-        family = _family_of(req, state.options)
         key = None if state.options.group is None else ForkKey(state.options.group, *namespace_of(req))
         if key is not None and placement.adopts is not None:
             self.table.add_donor(key, placement.adopts)
@@ -389,9 +388,8 @@ class _Step:
         if placement.blended:
             state.blended, state.shift = True, placement.shift
             req.extra_key = blended_key(req.extra_key, placement.shift)
-            if placement.shift:
-                for one in family:
-                    self.table.note_shift(one, placement.shift)
+            if key is not None and placement.shift:
+                self.table.note_shift(key, placement.shift)
         before, report = state.sharing, placement.report
         if before.alias_dropped:
             report.alias_dropped, report.declined = True, report.declined or before.declined
@@ -406,12 +404,6 @@ def _fork_of(req: Any, options: RequestOptions) -> ForkKey | None:
     if options.group is None or options.op != "branch":
         return None
     return ForkKey(options.group, *namespace_of(req))
-
-
-def _family_of(req: Any, options: RequestOptions) -> list[ForkKey]:
-    """The fork of a request, not placed yet, and the first one of those that it was forked of."""
-    groups = dict.fromkeys(group for group in (options.group, options.root) if group is not None)
-    return [ForkKey(group, *namespace_of(req)) for group in groups]
 
 
 def forget_old_weights(result: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
