@@ -51,7 +51,7 @@ def record(url: str, asked: Sequence[Item], options: argparse.Namespace) -> None
     names = [name for name in ARMS if name in options.arms]
     settings = Settings(
         *(_model_of(endpoint), options.seed, options.branches, options.worked, options.max_tokens, names),
-        shared_slots=_shares_slots(endpoint),
+        shared_slots=endpoint.shares_slots(),
     )
     file = recordings(options.recordings)
     done = {row.key for row in file.resume(settings)}
@@ -140,11 +140,6 @@ def _shown(value: Any) -> str:
 
 def _model_of(endpoint: Endpoint) -> str:
     return Path(str(endpoint.model_info["served_model_name"])).name
-
-
-def _shares_slots(endpoint: Endpoint) -> bool:
-    info = endpoint.read_rksc_info() or {"schedulers": []}
-    return any(one["slots"]["refusal"] is None for one in info["schedulers"])
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def certify_on(
         RkscError: the server has no plugin or does not blend, or the recorded forks cannot be certified.
     """
     facts = _facts(endpoint)
-    fingerprint, shared_slots = facts["exit"]["fingerprint"], facts["slots"]["refusal"] is None
+    fingerprint, shared_slots = facts["exit"]["fingerprint"], endpoint.shares_slots()
     run = RunSettings(
         fingerprint,
         plan.source,

@@ -219,12 +219,20 @@ class Endpoint(RuntimeEndpoint):
 
     def keeps_forks(self) -> bool:
         """Whether the server keeps what a fork has computed until the fork has ended, and so wants to know of that."""
-        schedulers = self._schedulers()
-        return bool(schedulers) and all("memory" in one and one["memory"]["refusal"] is None for one in schedulers)
+        return self._none_refuses("memory")
+
+    def shares_slots(self) -> bool:
+        """Whether blended branches use slots of their donors on the server."""
+        return self._none_refuses("slots")
 
     def schedules_forks(self) -> bool:
         """Whether the server schedules a fork as a whole: its first branch computes what all have in common."""
         return self.keeps_forks() and all(one["offers"]["exact"]["offered"] for one in self._schedulers())
+
+    def _none_refuses(self, what: str) -> bool:
+        """Whether every scheduler tells of this, and none a reason why it is off."""
+        schedulers = self._schedulers()
+        return bool(schedulers) and all(what in one and one[what]["refusal"] is None for one in schedulers)
 
     def _schedulers(self) -> list[Any]:
         """What our plugin tells of each scheduler; nothing on a server without it."""
